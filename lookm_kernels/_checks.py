@@ -1,0 +1,99 @@
+"""Argument checks shared by the ops: one clear error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SCORE_DTYPES = (torch.float32, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64 (the oracle of the tests); everything else accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe(value: object) -> str:
+    """How an argument is shown in an error: shape and dtype of a tensor, the repr of anything else."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def require(condition: bool, argument: str, expected: str, got: object) -> None:
+    """Raise ValueError("`argument` must be ..., got ...") unless the condition holds."""
+    if not condition:
+        raise ValueError(f"`{argument}` must be {expected}, got {describe(got)}")
+
+
+def check_tensor(argument: str, tensor: Tensor, dims: str, dtypes: Sequence[torch.dtype]) -> None:
+    """A non-empty tensor with the dimensions `dims` ("B H N D") and one of `dtypes`; TypeError for another type."""
+    names = dims.split()
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{argument}` must be a tensor [{', '.join(names)}], got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"`{argument}` must be {accepted}, got {describe(tensor)}")
+    require(tensor.ndim == len(names), argument, f"[{', '.join(names)}]", tensor)
+
+
+def check_rows(argument: str, tensor: Tensor, dims: str, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """A query, key or value tensor: four dimensions, none empty, unit last stride."""
+    check_tensor(argument, tensor, dims, dtypes)
+    require(all(size > 0 for size in tensor.shape), argument, "without an empty dimension", tensor)
+    require(
+        tensor.shape[-1] == 1 or tensor.stride(-1) == 1, argument, "unit-stride in its last dimension", tensor.stride()
+    )
+
+
+def check_in_place(argument: str, tensor: Tensor) -> None:
+    """A tensor about to be written must not be expanded: two of its elements would be one in memory."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    require(not expanded, argument, "a tensor with memory of its own (not expanded), as it is modified", tensor)
+
+
+def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], dims: str) -> None:
+    """Exactly the given shape, explained by the names of its dimensions."""
+    require(
+        tuple(tensor.shape) == tuple(shape),
+        argument,
+        f"[{', '.join(dims.split())}] = {list(shape)}",
+        tensor,
+    )
+
+
+def check_device(reference_argument: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """All tensors on the device of the reference tensor."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"`{argument}` must be on {reference.device} like `{reference_argument}`, got {tensor.device}"
+            )
+
+
+def check_indices(argument: str, indices: Tensor, limit: int) -> None:
+    """Indices in [-1, limit), -1 for an empty place. Values of other devices are not read: that would wait for them."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        require(low >= -1 and high < limit, argument, f"indices from -1 to {limit - 1}", [low, high])
+
+
+def check_ascending(argument: str, indices: Tensor) -> None:
+    """Right-aligned and strictly ascending after the leading empty places (-1), as select_tokens gives them."""
+    if indices.device.type == "cpu" and indices.shape[-1] > 1:
+        left, right = indices[..., :-1], indices[..., 1:]
+        ordered = bool(((left < right) | ((left == -1) & (right == -1))).all())
+        require(ordered, argument, "strictly ascending with empty places (-1) first", indices)
+
+
+def check_call(**tensors: Tensor | None) -> None:
+    """Before torch's dispatcher: tensors, and none that needs a derivative, rather than cut a graph silently."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"`{argument}` must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"`{argument}` must not require a gradient (the op has none), got requires_grad=True; "
+                "detach it or call the op under torch.no_grad()"
+            )

@@ -1,0 +1,46 @@
+"""compact_: kept tokens move to the front."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lookm_kernels._checks import check_ascending, check_call, check_indices
+from lookm_kernels._dispatch import implementation, register
+from lookm_kernels.merge import check_key_value
+from lookm_kernels.nearest import check_lists
+
+
+def compact_(key: Tensor, value: Tensor, kept: Tensor) -> None:
+    """Move the kept tokens of every (row, head) to rows 0 to K - 1, in order, in place.
+
+        x[i] <- x[kept[i]],  0 where kept[i] is -1
+
+    Rows K to N - 1 are left as they are.
+
+    Args:
+        key, value: [B, H, N, D] and [B, H, N, Dv], one dtype, modified.
+        kept: [B, H, K] int32, ascending, empty places (-1) first, as select_tokens gives it.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not accepted.
+        ValueError: shapes or devices that do not fit, indices out of range or not ascending, an expanded key or value,
+            an input that requires a gradient. Nothing is modified then.
+    """
+    check_call(key=key, value=value, kept=kept)
+    torch.ops.lookm.compact_(key, value, kept)
+
+
+def _check(key: Tensor, value: Tensor, kept: Tensor) -> None:
+    check_key_value(key, value)
+    check_lists(key, kept=kept)
+
+
+def _run(key: Tensor, value: Tensor, kept: Tensor) -> None:
+    _check(key, value, kept)
+    check_indices("kept", kept, key.shape[2])
+    check_ascending("kept", kept)
+    implementation("compact_", "compact")(key, value, kept)
+
+
+register("compact_(Tensor(a!) key, Tensor(b!) value, Tensor kept) -> ()", _run, _check)

@@ -1,0 +1,80 @@
+"""compress_: selection, nearest pivot, merge and compaction of one layer's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lookm_kernels._checks import check_call, check_device, check_shape
+from lookm_kernels._dispatch import implementation, register
+from lookm_kernels.merge import check_key_value
+from lookm_kernels.rules import check_rule
+from lookm_kernels.select import check_selection, check_tier_values, per_row
+
+
+def compress_(
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    tier: Tensor,
+    keep: int | Sequence[int],
+    rule: str = "pivotal",
+    gate: str | None = None,
+) -> Tensor:
+    """Compress one layer's cache in place (LOOK-M, section 3): select, merge the rest into what stays, compact.
+
+    Equal to select_tokens, nearest_kept, rules.merge_weights, merge_ and compact_, one after the other. Afterwards rows
+    0 to K - 1 of key and value, K = max(keep), hold the compressed cache; the rows behind them hold nothing of use.
+
+    Args:
+        key, value: [B, H, N, D] and [B, H, N, Dv], one dtype, keys after rotary embedding, modified.
+        scores: [B, H, N] float32 (or float64), from attention_scores.
+        tier: [B, N] int32, selection classes (see select_tokens).
+        keep: tokens to keep, one number or one per row.
+        rule: name of a merge rule in rules.RULES ("none" evicts only).
+        gate: None, or "mean_similarity" (see rules.merge_weights).
+
+    Returns:
+        kept [B, H, K] int32: the original index of each row, -1 for the empty places of a shorter row.
+
+    Raises:
+        TypeError, ValueError: as the ops above, and for an unknown rule or gate. Nothing is modified then.
+    """
+    check_call(key=key, value=value, scores=scores, tier=tier)
+    return torch.ops.lookm.compress_(key, value, scores, tier, per_row(keep), rule, gate)  # type: ignore[no-any-return]
+
+
+def _check(
+    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
+) -> None:
+    check_key_value(key, value)
+    check_device("key", key, scores=scores, tier=tier)
+    check_selection(scores, tier, keep)
+    check_shape("scores", scores, key.shape[:3], "B H N")
+    check_rule(rule, gate)
+
+
+def _run(
+    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
+) -> Tensor:
+    _check(key, value, scores, tier, keep, rule, gate)
+    check_tier_values(tier)
+    run = implementation("compress_", "compress")
+    return run(key, value, scores, tier, keep, rule, gate)  # type: ignore[no-any-return]
+
+
+def _fake(
+    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
+) -> Tensor:
+    _check(key, value, scores, tier, keep, rule, gate)
+    return scores.new_empty((*scores.shape[:2], max(keep)), dtype=torch.int32)
+
+
+register(
+    "compress_(Tensor(a!) key, Tensor(b!) value, Tensor scores, Tensor tier, SymInt[] keep, str rule, str? gate) "
+    "-> Tensor",
+    _run,
+    _fake,
+)

@@ -1,0 +1,52 @@
+"""Merging: evicted tokens grouped by pivot, each group summed in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lookm_kernels._checks import accumulation_dtype
+from lookm_kernels.reference._blocks import rows_per_block
+
+
+def merge_(
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    evicted: Tensor,
+    pivot: Tensor,
+    evicted_weight: Tensor,
+    kept_weight: Tensor,
+) -> None:
+    """See lookm_kernels.merge_. A few heads at a time, which bounds the memory."""
+    block = rows_per_block(max(1, evicted.shape[-1]) * max(key.shape[-1], value.shape[-1]))
+    for row in range(key.shape[0]):
+        for begin in range(0, key.shape[1], block):
+            here = (row, slice(begin, begin + block))
+            lists = kept[here].long(), evicted[here].long(), pivot[here].long()
+            _merge_heads((key[here], value[here]), *lists, evicted_weight[here], kept_weight[here])
+
+
+def _merge_heads(
+    tensors: tuple[Tensor, Tensor],
+    kept: Tensor,
+    evicted: Tensor,
+    pivot: Tensor,
+    evicted_weight: Tensor,
+    kept_weight: Tensor,
+) -> None:
+    """tensors [H, N, D] each, modified; kept and kept_weight [H, K]; evicted, pivot and evicted_weight [H, E]."""
+    head, place = ((evicted >= 0) & (pivot >= 0) & (evicted_weight != 0)).nonzero(as_tuple=True)
+    group = head * kept.shape[-1] + pivot[head, place]
+    counts = torch.bincount(group, minlength=kept.numel())
+    order = group.argsort(stable=True)
+    head, place = head[order], place[order]
+    changed = (kept >= 0) & ((counts.view_as(kept) > 0) | (kept_weight != 1))
+    own_head, own_place = changed.nonzero(as_tuple=True)
+    for tensor in tensors:
+        dtype = accumulation_dtype(tensor.dtype)
+        moving = tensor[head, evicted[head, place]].to(dtype) * evicted_weight[head, place, None].to(dtype)
+        sums = torch.segment_reduce(moving, "sum", lengths=counts, axis=0, unsafe=True, initial=0)
+        target = own_head, kept[own_head, own_place]
+        own = tensor[target].to(dtype) * kept_weight[own_head, own_place, None].to(dtype)
+        tensor[target] = (own + sums[changed.flatten()]).to(tensor.dtype)

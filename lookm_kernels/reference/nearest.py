@@ -1,0 +1,65 @@
+"""Nearest kept key by cosine, a block of evicted tokens at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lookm_kernels._checks import accumulation_dtype
+from lookm_kernels.reference._blocks import rows_per_block
+
+
+def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
+    """See lookm_kernels.nearest_kept. Row by row, so that the rest of the batch changes no bit."""
+    pivot = torch.full_like(evicted, -1)
+    similarity = torch.zeros(evicted.shape, dtype=accumulation_dtype(key.dtype), device=key.device)
+    for row in range(key.shape[0]):
+        # without the places that only other rows fill: the row's products have the same shape, so the same bits, alone
+        first, begin = _leading_empty(kept[row]), _leading_empty(evicted[row])
+        if first == kept.shape[-1] or begin == evicted.shape[-1]:
+            continue
+        listed = kept[row, :, first:]
+        kept_key, empty = _unit(_take(key[row], listed)), listed < 0
+        first_equal = _first_equal(kept_key, empty)
+        for part in torch.split(evicted[row, :, begin:], rows_per_block(listed.numel()), dim=-1):
+            cosine = _unit(_take(key[row], part)) @ kept_key.transpose(1, 2)
+            cosine.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).masked_fill_(empty[:, None], float("-inf"))
+            best, place = cosine.max(-1)
+            merges = (part >= 0) & best.isfinite()
+            here = slice(begin, begin + part.shape[-1])
+            pivot[row, :, here] = torch.where(merges, first_equal.gather(-1, place).int() + first, -1)
+            similarity[row, :, here] = torch.where(merges, best, 0.0)
+            begin = here.stop
+    return pivot, similarity
+
+
+def _leading_empty(indices: Tensor) -> int:
+    """How many of the first columns of indices [H, X] are empty (-1) in every head."""
+    return int((indices < 0).all(0).cumprod(0).sum())
+
+
+def _take(key: Tensor, indices: Tensor) -> Tensor:
+    """Rows of key [H, N, D] at indices [H, X] (-1 reads row 0: the caller masks it), in the accumulation dtype."""
+    place = indices.clamp(min=0).long()[..., None].expand(-1, -1, key.shape[-1])
+    return key.gather(1, place).to(accumulation_dtype(key.dtype))
+
+
+def _unit(key: Tensor) -> Tensor:
+    norm = key.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, key / norm, 0.0)
+
+
+def _first_equal(unit: Tensor, empty: Tensor) -> Tensor:
+    """The first place with the same key, for every place of unit [H, K, D] and empty [H, K].
+
+    A matrix product rounds differently at its edges, so that of two equal keys either may have the greater cosine.
+    """
+    # adding 0 turns -0 into 0; whole numbers sum to the same in any order
+    bits = (unit + 0.0).view(torch.int64 if unit.dtype == torch.float64 else torch.int32)
+    bits = torch.cat([bits, empty[..., None].to(bits.dtype)], -1)
+    order = (bits * torch.arange(1, 2 * bits.shape[-1], 2, device=bits.device)).sum(-1).argsort(stable=True)
+    sorted_bits = bits.gather(1, order[..., None].expand_as(bits))
+    starts = pad((sorted_bits[:, 1:] != sorted_bits[:, :-1]).any(-1), (1, 0), value=True)
+    group = torch.arange(order.shape[-1], device=bits.device).where(starts, 0).cummax(-1).values
+    return torch.empty_like(order).scatter_(-1, order, order.gather(-1, group))

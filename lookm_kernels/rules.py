@@ -1,0 +1,95 @@
+"""Merge rules: how strongly an evicted token enters its pivot (LOOK-M, section 3.3).
+
+With n tokens merging into kept token c, every rule has the form  x_c <- a x_c + sum_e w_e x_e. A rule is the function
+
+    rule(similarity [B, H, E], pivot_count [B, H, E], count [B, H, K]) -> (w [B, H, E], a [B, H, K])
+
+similarity: cosine of each evicted token with its pivot; pivot_count: n of each evicted token's pivot; count: n of each
+kept token. All float. `@register_rule("name")` makes a rule known to compress_, to every policy and to the CLI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lookm_kernels._checks import require
+
+Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+RULES: dict[str, Rule] = {}
+GATES = ("mean_similarity",)
+
+
+def register_rule(name: str) -> Callable[[Rule], Rule]:
+    """Decorator: add a merge rule to the registry. ValueError when the name is taken."""
+
+    def add(rule: Rule) -> Rule:
+        require(name not in RULES, "name", f"none of the registered rules {sorted(RULES)}", name)
+        RULES[name] = rule
+        return rule
+
+    return add
+
+
+@register_rule("none")
+def none(similarity: Tensor, pivot_count: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Evict only: kept tokens stay as they are."""
+    return torch.zeros_like(similarity), torch.ones_like(count)
+
+
+@register_rule("average")
+def average(similarity: Tensor, pivot_count: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """x_c <- (x_c + sum x_e) / (1 + n)."""
+    return 1 / (1 + pivot_count), 1 / (1 + count)
+
+
+@register_rule("pivotal")
+def pivotal(similarity: Tensor, pivot_count: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """x_c <- (x_c + sum (x_e + x_c) / 2) / (1 + n)."""
+    return 0.5 / (1 + pivot_count), (1 + 0.5 * count) / (1 + count)
+
+
+@register_rule("weighted")
+def weighted(similarity: Tensor, pivot_count: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """x_c <- (x_c + sum s_e x_e) / (1 + n), s_e the cosine."""
+    return similarity / (1 + pivot_count), 1 / (1 + count)
+
+
+def check_rule(rule: str, gate: str | None) -> None:
+    """ValueError unless both names are known."""
+    require(rule in RULES, "rule", f"one of {sorted(RULES)}", rule)
+    require(gate is None or gate in GATES, "gate", f"None or one of {list(GATES)}", gate)
+
+
+def merge_weights(
+    rule: str, similarity: Tensor, pivot: Tensor, kept: Tensor, gate: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights of one merge, as merge_ takes them.
+
+    rule, gate: names (RULES, GATES); similarity [B, H, E] float and pivot [B, H, E] int32 as nearest_kept gives them;
+    kept [B, H, K] int32. Returns evicted_weight [B, H, E] and kept_weight [B, H, K] of similarity's dtype.
+
+    gate="mean_similarity" merges a token only where its similarity, averaged over the heads at the same place of the
+    evicted lists, is at least the row's mean; the others have weight 0 and do not count in n. ValueError for an
+    unknown name.
+    """
+    check_rule(rule, gate)
+    merging = pivot >= 0
+    if gate is not None:
+        merging = merging & _at_least_mean(similarity, merging)
+    place = pivot.clamp(min=0).long()
+    count = torch.zeros(kept.shape, dtype=similarity.dtype, device=kept.device)
+    if kept.shape[-1] == 0:
+        return torch.zeros_like(similarity), count
+    count.scatter_add_(-1, place, merging.to(count.dtype))
+    evicted_weight, kept_weight = RULES[rule](similarity, count.gather(-1, place), count)
+    return evicted_weight.masked_fill(~merging, 0.0), kept_weight
+
+
+def _at_least_mean(similarity: Tensor, listed: Tensor) -> Tensor:
+    # sums in float64 instead of means in float32: a tie with the mean stays a tie
+    head_sum = similarity.double().masked_fill(~listed, 0.0).sum(1)
+    places = listed[:, 0].sum(-1, keepdim=True)
+    return (head_sum * places >= head_sum.sum(-1, keepdim=True))[:, None]

@@ -1,0 +1,142 @@
+"""attention_scores: the column sums of the attention matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lookm_kernels._checks import (
+    SCORE_DTYPES,
+    accumulation_dtype,
+    check_call,
+    check_device,
+    check_rows,
+    check_shape,
+    check_tensor,
+    require,
+)
+from lookm_kernels._dispatch import implementation, register
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    lse: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    key_start: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention each cached token received, per KV head (LOOK-M, section 3.2; H2O's accumulated score).
+
+        s[h, j] = sum over the G = Hq / H query heads of KV head h and over the queries i of
+                  query_weight[i] * softmax_j(scale * q_i . k_j + mask)
+
+    The attention matrix is never held as a whole.
+
+    Args:
+        query: [B, Hq, M, D], after rotary embedding. Query i stands at position i + N - M (right-aligned), M <= N.
+        key: [B, H, N, D], as cached; same dtype as query (float16, bfloat16, float32 or float64).
+        scale: factor of the logits; D ** -0.5 by default.
+        causal: a query sees no key after its own position.
+        lse: [B, Hq, M] float32 (float64 for float64 inputs), natural-log sum of the exponentials of each query's
+            visible logits, when known; computed otherwise.
+        query_weight: [B, M] float32 (or float64): 1 by default; 0 leaves a query out.
+        key_start: [B] int32, first position of each row that is not padding. Earlier keys are seen by nobody, earlier
+            queries count 0.
+        mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, in addition to causal and key_start.
+        softcap: logits become softcap * tanh(logits / softcap), before the mask.
+
+    Returns:
+        [B, H, N] float32 (float64 for float64 inputs). A query that sees no key contributes nothing.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not accepted.
+        ValueError: shapes, devices or head counts that do not fit, M > N, an empty tensor, softcap <= 0, key_start out
+            of range, or an input that requires a gradient.
+    """
+    check_call(query=query, key=key, lse=lse, query_weight=query_weight, key_start=key_start, mask=mask)
+    return torch.ops.lookm.attention_scores(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)  # type: ignore[no-any-return]
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    causal: bool,
+    lse: Tensor | None,
+    query_weight: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> None:
+    check_rows("query", query, "B Hq M D")
+    check_rows("key", key, "B H N D")
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    require(key.dtype == query.dtype, "key", f"{query.dtype} like `query`", key)
+    require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
+    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
+    require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
+    require(queries <= keys, "query", f"of at most as many tokens as `key` ({keys})", query)
+    check_device("query", query, key=key, lse=lse, query_weight=query_weight, key_start=key_start, mask=mask)
+    if lse is not None:
+        check_tensor("lse", lse, "B Hq M", (accumulation_dtype(query.dtype),))
+        check_shape("lse", lse, (batch, heads, queries), "B Hq M")
+    if query_weight is not None:
+        check_tensor("query_weight", query_weight, "B M", SCORE_DTYPES)
+        check_shape("query_weight", query_weight, (batch, queries), "B M")
+    if key_start is not None:
+        check_tensor("key_start", key_start, "B", (torch.int32,))
+        check_shape("key_start", key_start, (batch,), "B")
+    if mask is not None:
+        check_tensor("mask", mask, "B Hq M N", (torch.bool,))
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
+        require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
+    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    causal: bool,
+    lse: Tensor | None,
+    query_weight: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)
+    if key_start is not None and key_start.device.type == "cpu":
+        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
+        require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    run = implementation("attention_scores", "scores")
+    return run(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)  # type: ignore[no-any-return]
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    causal: bool,
+    lse: Tensor | None,
+    query_weight: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)
+    return query.new_empty(key.shape[:3], dtype=accumulation_dtype(query.dtype))
+
+
+register(
+    "attention_scores(Tensor query, Tensor key, float? scale, bool causal, Tensor? lse, Tensor? query_weight, "
+    "Tensor? key_start, Tensor? mask, float? softcap) -> Tensor",
+    _run,
+    _fake,
+)

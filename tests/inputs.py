@@ -1,0 +1,126 @@
+"""Valid random arguments for every op, memory layouts, and bitwise comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lookm_kernels
+
+OPS = ("attention_scores", "select_tokens", "nearest_kept", "merge_", "compact_", "compress_")
+LAYOUTS = ("contiguous", "heads_last", "window")
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """Normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def tiers(seed: int, batch: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """[B, N] int32, row b with b tokens of left padding."""
+    tier = torch.randint(1, 4, (batch, tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    for row in range(batch):
+        tier[row, :row] = 0
+    return tier.to(device)
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same [B, H, N, D] values: contiguous, as [B, N, H, D] in memory, or as a window of a larger buffer of NaN."""
+    if layout == "heads_last":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "window":
+        batch, heads, tokens, width = tensor.shape
+        buffer = tensor.new_full((batch + 2, heads + 1, tokens + 5, width + 3), float("nan"))
+        view = buffer[1:-1, 1:, 2:-3, 1:-2]
+        return view.copy_(tensor)
+    return tensor.contiguous()
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def memory(view: Tensor) -> Tensor:
+    """Everything in the storage of a tensor, as a flat tensor that shares it."""
+    return torch.as_strided(view, (view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
+
+
+def moved(view: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on a device, the memory around it and its strides included."""
+    return torch.as_strided(memory(view).to(device), view.shape, view.stride(), view.storage_offset())
+
+
+def only_written(view: Tensor, before: Tensor, written: Tensor) -> bool:
+    """Whether of the `memory` of `view`, as it was `before`, only places marked in `written` (like view) changed."""
+    marks = torch.zeros_like(before, dtype=torch.bool)
+    torch.as_strided(marks, view.shape, view.stride(), view.storage_offset()).copy_(written)
+    return same_bits(memory(view)[~marks], before[~marks])
+
+
+def public(op: str) -> Callable[..., Any]:
+    """The public function of an op."""
+    function: Callable[..., Any] = getattr(lookm_kernels, op)
+    return function
+
+
+def tensors_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments."""
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Arguments of one call in the order of the op's schema: 6 query heads, 3 KV heads, 9 queries, 13 tokens."""
+    heads, queries, tokens, width = 3, 9, 13, 8
+    key = random(seed, batch, heads, tokens, width, device=device)
+    value = random(seed + 1, batch, heads, tokens, 5, device=device)
+    scores, tier = random(seed + 2, batch, heads, tokens, device=device), tiers(seed, batch, tokens, device)
+    keep = [5 + row for row in range(batch)]
+    if op == "attention_scores":
+        chance = random(seed + 3, batch, 1, queries, tokens, device=device)
+        return {
+            "query": random(seed + 4, batch, 2 * heads, queries, width, device=device),
+            "key": key,
+            "scale": 0.3,
+            "causal": True,
+            "lse": None,
+            "query_weight": random(seed + 5, batch, queries, device=device).abs(),
+            "key_start": torch.arange(batch, dtype=torch.int32, device=device),
+            "mask": chance > -1,
+            "softcap": 20.0,
+        }
+    if op == "select_tokens":
+        return {"scores": scores, "tier": tier, "keep": keep}
+    if op == "compress_":
+        given = {"key": key, "value": value, "scores": scores, "tier": tier, "keep": keep}
+        return given | {"rule": "weighted", "gate": "mean_similarity"}
+    kept, evicted = lookm_kernels.select_tokens(scores, tier, keep)
+    if op == "nearest_kept":
+        return {"key": key, "kept": kept, "evicted": evicted}
+    if op == "compact_":
+        return {"key": key, "value": value, "kept": kept}
+    pivot, similarity = lookm_kernels.nearest_kept(key, kept, evicted)
+    evicted_weight, kept_weight = lookm_kernels.merge_weights("weighted", similarity, pivot, kept)
+    lists = {"kept": kept, "evicted": evicted, "pivot": pivot}
+    return {"key": key, "value": value} | lists | {"evicted_weight": evicted_weight, "kept_weight": kept_weight}
+
+
+def copied(given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with tensors of their own memory, strides kept."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def call(op: str, given: dict[str, Any], function: Callable[..., Any] | None = None) -> list[Tensor]:
+    """Runs the op on copies of its arguments: what it returns, then what an in-place op leaves in key and value."""
+    own = copied(given)
+    result = (function or public(op))(**own)
+    returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    if op == "compress_":
+        return [result, *(own[name][:, :, : result.shape[2]] for name in ("key", "value"))]
+    return returned + ([own["key"], own["value"]] if op.endswith("_") else [])

@@ -1,0 +1,201 @@
+"""Bad input gets one clear error each: the argument, what was expected, what came. Nothing is modified.
+
+All calls are those of inputs.arguments: 2 rows, 6 query heads, 3 KV heads, 9 queries, 13 tokens, 5 and 6 of them kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from inputs import OPS, arguments, memory, public, same_bits, tensors_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Bad(NamedTuple):
+    """One argument of one op replaced by what `change` makes of it; `reads`: found in the values of a tensor."""
+
+    op: str
+    argument: str
+    change: Callable[[Any], Any]
+    error: type[Exception]
+    expected: str
+    came: str
+    reads: bool = False
+
+
+def first_set_to(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A copy whose last element along every dimension is `number`."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = number
+        return tensor
+
+    return change
+
+
+def constant(value: object) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+def every_second_column(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+def expanded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:, :1].expand(tensor.shape)
+
+
+BAD = (
+    [
+        Bad("attention_scores", "query", lambda x: x[0], ValueError, "[B, Hq, M, D]", "[6, 9, 8]"),
+        Bad(
+            "attention_scores", "query", torch.Tensor.int, TypeError, "float16 or bfloat16", "torch.int32 [2, 6, 9, 8]"
+        ),
+        Bad("attention_scores", "query", lambda x: x[:, :, :0], ValueError, "without an empty dim", "[2, 6, 0, 8]"),
+        Bad(
+            "attention_scores", "query", lambda x: x.repeat(1, 1, 2, 1), ValueError, "at most as many", "[2, 6, 18, 8]"
+        ),
+        Bad("attention_scores", "query", every_second_column, ValueError, "unit-stride in its last", "2)"),
+        Bad("attention_scores", "key", torch.Tensor.half, ValueError, "torch.float32 like `query`", "torch.float16"),
+        Bad("attention_scores", "key", lambda x: x[:, [0, 1, 2, 2]], ValueError, "divides the 6", "[2, 4, 13, 8]"),
+        Bad("attention_scores", "key", lambda x: x[:1], ValueError, "batch size 2", "[1, 3, 13, 8]"),
+        Bad("attention_scores", "key", lambda x: x[..., :7], ValueError, "head dimension 8", "[2, 3, 13, 7]"),
+        Bad("attention_scores", "lse", lambda _: torch.zeros(2, 6, 8), ValueError, "[2, 6, 9]", "[2, 6, 8]"),
+        Bad("attention_scores", "lse", lambda _: torch.zeros(2, 6, 9).half(), TypeError, "float32", "float16"),
+        Bad("attention_scores", "query_weight", lambda x: x[:, :8], ValueError, "[2, 9]", "[2, 8]"),
+        Bad("attention_scores", "query_weight", torch.Tensor.bool, TypeError, "float32", "torch.bool [2, 9]"),
+        Bad("attention_scores", "key_start", torch.Tensor.long, TypeError, "int32", "torch.int64 [2]"),
+        Bad("attention_scores", "key_start", lambda x: x[:1], ValueError, "[B] = [2]", "[1]"),
+        Bad("attention_scores", "key_start", first_set_to(-1), ValueError, "from 0 to 13", "[0, -1]", reads=True),
+        Bad("attention_scores", "key_start", first_set_to(14), ValueError, "from 0 to 13", "[0, 14]", reads=True),
+        Bad("attention_scores", "mask", torch.Tensor.float, TypeError, "bool", "torch.float32 [2, 1, 9, 13]"),
+        Bad("attention_scores", "mask", lambda x: x[..., :12], ValueError, "[2, 6, 9, 13]", "[2, 1, 9, 12]"),
+        Bad("attention_scores", "softcap", constant(0.0), ValueError, "positive or None", "0.0"),
+    ]
+    + [
+        Bad(op, *rest)
+        for op in ("select_tokens", "compress_")
+        for rest in (
+            ("scores", torch.Tensor.half, TypeError, "float32 or float64", "torch.float16 [2, 3, 13]"),
+            ("scores", lambda x: x[0], ValueError, "[B, H, N]", "[3, 13]"),
+            ("tier", torch.Tensor.long, TypeError, "int32", "torch.int64 [2, 13]"),
+            ("tier", lambda x: x[:1], ValueError, "[B, N] = [2, 13]", "[1, 13]"),
+            ("tier", first_set_to(4), ValueError, "from 0 to 3", "[0, 4]", True),
+            ("tier", first_set_to(-1), ValueError, "from 0 to 3", "[-1, 3]", True),
+            ("keep", constant(-1), ValueError, "from 0 to N = 13", "[-1]"),
+            ("keep", constant([5, 14]), ValueError, "from 0 to N = 13", "[5, 14]"),
+            ("keep", constant([1, 2, 3]), ValueError, "one per row (2)", "[1, 2, 3]"),
+            ("keep", constant([]), ValueError, "one per row (2)", "[]"),
+            ("keep", constant(0.2), TypeError, "an int or a sequence of ints", "0.2"),
+            ("keep", constant([2.0, 3.0]), TypeError, "an int or a sequence of ints", "[2.0, 3.0]"),
+            ("keep", constant(True), TypeError, "an int or a sequence of ints", "True"),
+            ("keep", constant(None), TypeError, "an int or a sequence of ints", "None"),
+        )
+    ]
+    + [
+        Bad(op, argument, *rest)
+        for op, arguments_ in {
+            "nearest_kept": ("kept", "evicted"),
+            "merge_": ("kept", "evicted", "pivot"),
+            "compact_": ("kept",),
+        }.items()
+        for argument in arguments_
+        for rest in (
+            (torch.Tensor.long, TypeError, "int32", "torch.int64 [2, 3, "),
+            (lambda x: x[0], ValueError, "[B, H, ", "int32 [3, "),
+            (lambda x: x[:1], ValueError, "like `key`", "int32 [1, 3, "),
+            (lambda x: x.repeat(1, 1, 9), ValueError, "at most 13", "int32 [2, 3, "),
+            (first_set_to(-2), ValueError, "indices from -1 to", "[-2, ", True),
+            (first_set_to(99), ValueError, "indices from -1 to", ", 99]", True),
+        )
+    ]
+    + [
+        Bad(op, argument, *rest)
+        for op in ("merge_", "compact_", "compress_")
+        for argument in ("key", "value")
+        for rest in (
+            (lambda x: x[0], ValueError, "[B, H, N, D", "float32 [3, 13, "),
+            (torch.Tensor.int, TypeError, "float", "torch.int32 [2, 3, 13, "),
+            (lambda x: x[..., :0], ValueError, "without an empty dimension", "[2, 3, 13, 0]"),
+            (every_second_column, ValueError, "unit-stride", "2)"),
+            (expanded, ValueError, "not expanded", "float32 [2, 3, 13, "),
+        )
+    ]
+    + [
+        Bad("nearest_kept", "key", lambda x: x[0], ValueError, "[B, H, N, D]", "[3, 13, 8]"),
+        Bad("nearest_kept", "key", lambda x: x[..., :0], ValueError, "without an empty dimension", "[2, 3, 13, 0]"),
+        Bad("nearest_kept", "key", torch.Tensor.bool, TypeError, "float16 or bfloat16", "torch.bool"),
+        Bad("merge_", "value", torch.Tensor.half, TypeError, "float32", "torch.float16"),
+        Bad("merge_", "value", lambda x: x[:, :, :12], ValueError, "[2, 3, 13] like `key`", "[2, 3, 12, 5]"),
+        Bad("merge_", "pivot", lambda x: x[..., 1:], ValueError, "[B, H, E]", "int32 [2, 3, 7]"),
+        Bad("merge_", "kept", lambda x: x.flip(-1), ValueError, "strictly ascending", "int32 [2, 3, 6]", reads=True),
+        Bad("compact_", "kept", lambda x: x.flip(-1), ValueError, "strictly ascending", "int32 [2, 3, 6]", reads=True),
+        Bad("merge_", "evicted_weight", torch.Tensor.half, TypeError, "float32", "torch.float16"),
+        Bad("merge_", "evicted_weight", lambda x: x[..., 1:], ValueError, "[B, H, E]", "[2, 3, 7]"),
+        Bad("merge_", "kept_weight", torch.Tensor.double, TypeError, "float32", "torch.float64"),
+        Bad("merge_", "kept_weight", lambda x: x[..., 1:], ValueError, "[B, H, K]", "[2, 3, 5]"),
+        Bad("compress_", "scores", lambda x: x[:, :2], ValueError, "[B, H, N] = [2, 3, 13]", "[2, 2, 13]"),
+        Bad("compress_", "rule", constant("mean"), ValueError, "one of ['average', ", "'mean'"),
+        Bad("compress_", "gate", constant("median"), ValueError, "None or one of ['mean_similarity']", "'median'"),
+    ]
+)
+
+
+TENSORS = [(op, argument) for op in OPS for argument in tensors_of(arguments(op))]
+FLOATS = [(op, argument) for op, argument in TENSORS if arguments(op)[argument].is_floating_point()]
+
+
+def check(op: str, given: dict[str, Any], error: type[Exception], argument: str, expected: str, came: str) -> None:
+    """The error says it all, and every tensor of the call is as it was, bit for bit."""
+    before = {name: memory(x).clone() for name, x in tensors_of(given).items() if x.device.type != "meta"}
+    with pytest.raises(error, match=f"`{argument}` must .*{re.escape(expected)}.*, got .*{re.escape(came)}"):
+        public(op)(**given)
+    for name, was in before.items():
+        assert same_bits(memory(given[name]), was)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: f"{bad.op}-{bad.argument}-{bad.came}")
+def test_wrong_argument(device: torch.device, bad: Bad) -> None:
+    if bad.reads and device.type != "cpu":
+        pytest.skip("values on a device are not read: that would wait for it")
+    given = arguments(bad.op, device)
+    wrong = bad.change(given[bad.argument])
+    given[bad.argument] = wrong.to(device) if isinstance(wrong, torch.Tensor) else wrong
+    check(bad.op, given, bad.error, bad.argument, bad.expected, bad.came)
+
+
+@pytest.mark.parametrize(("op", "argument"), TENSORS)
+def test_not_a_tensor(device: torch.device, op: str, argument: str) -> None:
+    given = arguments(op, device)
+    given[argument] = given[argument].cpu().numpy()
+    check(op, given, TypeError, argument, "a tensor", "ndarray")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_none_for_a_tensor(device: torch.device, op: str) -> None:
+    given = arguments(op, device)
+    first = next(iter(given))
+    check(op, given | {first: None}, TypeError, first, "a tensor", "NoneType")
+
+
+@pytest.mark.parametrize(("op", "argument"), TENSORS)
+def test_another_device(device: torch.device, op: str, argument: str) -> None:
+    """The first argument sets the device: where it is the odd one, the second is named."""
+    given = arguments(op, device)
+    given[argument] = given[argument].to("meta")
+    first, second = list(tensors_of(given))[:2]
+    named, expected, came = (second, "meta", str(device)) if argument == first else (argument, str(device), "meta")
+    check(op, given, ValueError, named, f"on {expected}", came)
+
+
+@pytest.mark.parametrize(("op", "argument"), FLOATS)
+def test_a_gradient(device: torch.device, op: str, argument: str) -> None:
+    given = arguments(op, device)
+    given[argument].requires_grad_()
+    check(op, given, ValueError, argument, "not require a gradient", "requires_grad=True")

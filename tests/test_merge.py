@@ -1,0 +1,145 @@
+"""merge_: kept_weight times the kept row plus the weighted rows that merge into it, and nothing else changes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import LAYOUTS, LOW_PRECISION, laid_out, memory, only_written, random, same_bits, tiers
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lookm_kernels import merge_, select_tokens
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Merge(NamedTuple):
+    """The arguments of one call after key and value."""
+
+    kept: Tensor
+    evicted: Tensor
+    pivot: Tensor
+    evicted_weight: Tensor
+    kept_weight: Tensor
+
+
+def some_merge(seed: int, key: Tensor, keep: list[int], hub: bool = False) -> Merge:
+    """Random weights and pivots, some of them 0, 1 and -1; with `hub` every token merges into the last kept one."""
+    batch, heads, tokens, _ = key.shape
+    weight_dtype, device = torch.float64 if key.dtype == torch.float64 else torch.float32, key.device
+    scores = random(seed, batch, heads, tokens, device=device)
+    kept, evicted = select_tokens(scores, tiers(seed, batch, tokens, device), keep)
+    pivot = random(seed + 1, *evicted.shape, device=device).mul(1e6).int() % (kept.shape[-1] + 1) - 1
+    if hub:
+        pivot = torch.full_like(evicted, kept.shape[-1] - 1)
+    filled = kept.gather(-1, pivot.clamp(min=0).long()) >= 0 if kept.shape[-1] else torch.zeros_like(evicted).bool()
+    pivot = pivot.masked_fill((evicted < 0) | ~filled, -1)
+    evicted_weight = random(seed + 2, *evicted.shape, dtype=weight_dtype, device=device)
+    kept_weight = random(seed + 3, *kept.shape, dtype=weight_dtype, device=device)
+    evicted_weight = evicted_weight.masked_fill(evicted_weight > 1, 0.0)
+    return Merge(kept, evicted, pivot, evicted_weight, kept_weight.masked_fill(kept_weight > 0.5, 1.0))
+
+
+def changed(x: Tensor, merge: Merge) -> Tensor:
+    """[B, H, N, 1] bool: kept rows that a merge changes."""
+    target = torch.zeros(*merge.kept.shape[:2], merge.kept.shape[-1] + 1, dtype=torch.bool, device=x.device)
+    target.scatter_(-1, merge.pivot.masked_fill(merge.evicted_weight == 0, -1).long() % target.shape[-1], True)
+    rows = torch.zeros(*x.shape[:2], x.shape[2] + 1, dtype=torch.bool, device=x.device)
+    rows.scatter_(-1, merge.kept.long() % rows.shape[-1], target[..., :-1] | (merge.kept_weight != 1))
+    return rows[..., :-1, None]
+
+
+def merged(x: Tensor, merge: Merge) -> Tensor:
+    """The equation at the dtype of x, by a matrix product with one column an evicted token; x where nothing changes."""
+    places = merge.kept.shape[-1]
+    if places == 0:
+        return x.clone()
+    weight = merge.evicted_weight.masked_fill(merge.pivot < 0, 0.0).to(x.dtype)
+    spread = one_hot(merge.pivot.clamp(min=0).long(), places).to(x.dtype) * weight[..., None]
+    moving = x.take_along_dim(merge.evicted.clamp(min=0).long()[..., None], 2).masked_fill(weight[..., None] == 0, 0.0)
+    own = x.take_along_dim(merge.kept.clamp(min=0).long()[..., None], 2) * merge.kept_weight[..., None].to(x.dtype)
+    out = torch.cat([x, torch.zeros_like(x[:, :, :1])], 2)
+    target = (merge.kept.long() % out.shape[2])[..., None].expand_as(own)
+    return torch.where(changed(x, merge), out.scatter(2, target, own + spread.mT @ moving)[:, :, :-1], x)
+
+
+def check(key: Tensor, value: Tensor, merge: Merge, tolerance: float) -> None:
+    """Values by the equation in float64; every place that should not change keeps its bits, around the tensors too."""
+    tensors = (key, value)
+    before = [memory(x).clone() for x in tensors]
+    expected = [merged(x.double(), merge) for x in tensors]
+    assert merge_(key, value, *merge) is None
+    for x, was, goal in zip(tensors, before, expected, strict=True):
+        torch.testing.assert_close(x.double(), goal, rtol=tolerance, atol=tolerance)
+        assert only_written(x, was, changed(x, merge).expand_as(x))
+
+
+@given(data=st.data())
+def test_equals_the_equation(device: torch.device, data: st.DataObject) -> None:
+    batch, heads, tokens, width, value_width = (data.draw(st.integers(1, top)) for top in (2, 3, 30, 9, 9))
+    keep = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+    seed, layout = data.draw(st.integers(0, 2**31)), st.sampled_from(LAYOUTS)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    key = laid_out(random(seed, batch, heads, tokens, width, dtype=dtype, device=device), data.draw(layout))
+    value = laid_out(random(seed + 1, batch, heads, tokens, value_width, dtype=dtype, device=device), data.draw(layout))
+    check(key, value, some_merge(seed, key, keep), 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["spread", "hub"])
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float32])
+@pytest.mark.parametrize(("tokens", "keep"), [(1, 1), (17, 1), (255, 17), (507, 255), (507, 2)])
+def test_no_less_exact_than_torch(device: torch.device, tokens: int, keep: int, dtype: torch.dtype, hub: bool) -> None:
+    """Also when one kept token attracts every evicted one."""
+    key = laid_out(random(tokens, 2, 2, tokens, 64, dtype=dtype, device=device), "window")
+    value = laid_out(random(keep, 2, 2, tokens, 80, dtype=dtype, device=device), "heads_last")
+    merge = some_merge(keep, key, [keep], hub)
+    exact = [merged(x.double(), merge) for x in (key, value)]
+    torch_error = [(merged(x, merge) - goal).abs().max() for x, goal in zip((key, value), exact, strict=True)]
+    merge_(key, value, *merge)
+    for x, goal, error in zip((key, value), exact, torch_error, strict=True):
+        assert (x - goal).abs().max() <= error + 1e-6 * goal.abs().max()
+
+
+def test_wide_rows(device: torch.device) -> None:
+    """So wide that each of the heads is a block of its own."""
+    key, value = random(0, 1, 3, 4400, 4, device=device), random(1, 1, 3, 4400, 1000, device=device)
+    check(key, value, some_merge(0, key, [1500]), 1e-5)
+
+
+def test_rounds_once(device: torch.device) -> None:
+    """Thousands of small rows: rounded one by one to bfloat16 they would all be lost."""
+    key = torch.full((1, 1, 4001, 2), 2.0**-9, dtype=torch.bfloat16, device=device)
+    key[:, :, 0] = 1.0
+    tokens = torch.arange(4001, dtype=torch.int32, device=device)[None, None]
+    pivot, weight = torch.zeros_like(tokens[..., 1:]), torch.ones(1, 1, 4000, device=device)
+    merge_(key, key.clone(), tokens[..., :1], tokens[..., 1:], pivot, weight, weight[..., :1])
+    assert bool((key[:, :, 0] == torch.tensor(1 + 4000 * 2.0**-9, device=device).bfloat16()).all())
+
+
+def test_a_token_of_weight_zero_is_not_read(device: torch.device) -> None:
+    key, value = random(0, 1, 2, 17, 8, device=device), random(1, 1, 2, 17, 8, device=device)
+    merge = some_merge(0, key, [6])
+    unread = merge.evicted[merge.evicted_weight == 0].long()
+    assert unread.numel()
+    heads = (merge.evicted_weight == 0).nonzero()[:, 1]
+    key[0, heads, unread] = float("nan")
+    merge_(key, value, *merge)
+    finite = key.isfinite().all(-1)
+    assert not finite[0, heads, unread].any()
+    assert int(finite.sum()) == 2 * 17 - unread.numel()
+
+
+@pytest.mark.parametrize("keep", [0, 17], ids=["nothing kept", "nothing evicted"])
+def test_nothing_to_merge(device: torch.device, keep: int) -> None:
+    """Not even -0 becomes 0."""
+    key, value = random(0, 1, 2, 17, 8, device=device), random(1, 1, 2, 17, 8, device=device)
+    key[..., 0] = -0.0
+    merge = some_merge(0, key, [keep])
+    before = key.clone(), value.clone()
+    merge_(key, value, *merge._replace(kept_weight=torch.ones_like(merge.kept_weight)))
+    assert same_bits(key, before[0])
+    assert same_bits(value, before[1])

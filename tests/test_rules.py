@@ -1,0 +1,117 @@
+"""Merge rules and the gate: how similarity and counts become weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import loops
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import random, same_bits
+from torch import Tensor
+
+from lookm_kernels import compress_, merge_, merge_weights, register_rule, rules
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture
+def halved() -> Iterator[str]:
+    """A rule of the user's own: half of every merged token, the kept one as it is."""
+
+    @register_rule("halved")
+    def halved(similarity: Tensor, pivot_count: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(similarity, 0.5), torch.ones_like(count)
+
+    yield "halved"
+    del rules.RULES["halved"]
+
+
+def all_kept_first(heads: int, keep: int, device: torch.device) -> Tensor:
+    """[1, H, K]: the first tokens of every head."""
+    return torch.arange(keep, dtype=torch.int32, device=device).expand(1, heads, keep)
+
+
+def test_the_registry_holds_the_papers_rules() -> None:
+    assert list(rules.RULES) == ["none", "average", "pivotal", "weighted"]
+
+
+@given(data=st.data())
+def test_equals_loops(device: torch.device, data: st.DataObject) -> None:
+    """Weights and merge together give every rule's equation, gated or not, in float64."""
+    heads, keep, leave, width = (data.draw(st.integers(1, top)) for top in (3, 6, 20, 5))
+    seed, rule = data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from(sorted(rules.RULES)))
+    gate = data.draw(st.sampled_from([None, *rules.GATES]))
+    x = random(seed, 1, heads, keep + leave, width, dtype=torch.float64, device=device)
+    kept = all_kept_first(heads, keep, device)
+    evicted = kept[..., :1] + torch.arange(keep, keep + leave, dtype=torch.int32, device=device)
+    # few similarities, all of them exact: a mean that a token just reaches is reached
+    similarity = random(seed + 1, 1, heads, leave, dtype=torch.float64, device=device).clamp(-1, 1).mul(2).round() / 2
+    pivot = random(seed + 2, 1, heads, leave, device=device).mul(1e6).int() % keep
+    gated = loops.gate(similarity[0].cpu()) if gate else None
+    lists = kept[0].tolist(), evicted[0].tolist(), pivot[0].tolist(), similarity[0].tolist()
+    goal = [loops.merge(x[0, h].cpu(), *(each[h] for each in lists), rule, gated) for h in range(heads)]
+    merge_(x, x.clone(), kept, evicted, pivot, *merge_weights(rule, similarity, pivot, kept, gate))
+    torch.testing.assert_close(x[0, :, :keep].cpu(), torch.stack(goal), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["average", "pivotal"])
+def test_weights_of_a_pivot_sum_to_one(device: torch.device, rule: str) -> None:
+    pivot = torch.tensor([[[0, 2, 2, 2, -1]]], dtype=torch.int32, device=device)
+    similarity = random(0, 1, 1, 5, device=device)
+    evicted_weight, kept_weight = merge_weights(rule, similarity, pivot, all_kept_first(1, 3, device))
+    total = kept_weight.clone().scatter_add_(-1, pivot[..., :4].long(), evicted_weight[..., :4])
+    torch.testing.assert_close(total, torch.ones_like(total))
+    assert float(evicted_weight[0, 0, 4]) == 0
+    assert float(kept_weight[0, 0, 1]) == 1
+
+
+def test_gate_is_per_row_and_over_all_heads(device: torch.device) -> None:
+    """Row 0 merges where the mean of its two heads reaches 0.5, row 1 all: everything tied merges."""
+    similarity = torch.tensor([[[0.9, 0.1, 0.5], [0.7, 0.3, 0.5]], [[0.1] * 3, [0.1] * 3]], device=device)
+    pivot = torch.zeros(2, 2, 3, dtype=torch.int32, device=device)
+    kept = torch.zeros(2, 2, 1, dtype=torch.int32, device=device)
+    evicted_weight, kept_weight = merge_weights("average", similarity, pivot, kept, "mean_similarity")
+    third, fourth = [1 / 3, 0.0, 1 / 3], [0.25] * 3
+    torch.testing.assert_close(evicted_weight, torch.tensor([[third] * 2, [fourth] * 2], device=device))
+    torch.testing.assert_close(kept_weight, torch.tensor([[[1 / 3]] * 2, [[0.25]] * 2], device=device))
+
+
+def test_gate_does_not_count_empty_places(device: torch.device) -> None:
+    similarity = torch.tensor([[[0.0, 0.0, 0.2, 0.4]]], device=device)
+    pivot = torch.tensor([[[-1, -1, 0, 0]]], dtype=torch.int32, device=device)
+    kept = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+    weight, _ = merge_weights("average", similarity, pivot, kept, "mean_similarity")
+    assert weight.tolist() == [[[0.0, 0.0, 0.0, 0.5]]]
+
+
+def test_nothing_kept(device: torch.device) -> None:
+    similarity, pivot = torch.zeros(1, 2, 3, device=device), torch.full((1, 2, 3), -1, dtype=torch.int32, device=device)
+    weight, kept_weight = merge_weights("pivotal", similarity, pivot, pivot[..., :0])
+    assert not weight.any()
+    assert kept_weight.shape == (1, 2, 0)
+
+
+def test_a_rule_of_ones_own(device: torch.device, halved: str) -> None:
+    key = torch.tensor([2.0, 4.0, 8.0], device=device).view(1, 1, 3, 1)
+    value = key.clone()
+    scores = torch.tensor([[[3.0, 1.0, 1.0]]], device=device)
+    compress_(key, value, scores, torch.ones(1, 3, dtype=torch.int32, device=device), 1, rule=halved)
+    assert float(key[0, 0, 0]) == 2 + 4 / 2 + 8 / 2
+    assert same_bits(key[:, :, :1], value[:, :, :1])
+
+
+@pytest.mark.parametrize(("names", "argument"), [(("mean", None), "rule"), (("average", "median"), "gate")])
+def test_unknown_names(names: tuple[str, str | None], argument: str) -> None:
+    accepted = sorted(rules.RULES) if argument == "rule" else list(rules.GATES)
+    empty = torch.zeros(1, 1, 1)
+    with pytest.raises(ValueError, match=f"`{argument}` must be .*{re.escape(str(accepted))}.*, got '(mean|median)'"):
+        merge_weights(names[0], empty, empty.int(), empty.int(), names[1])
+
+
+def test_a_name_is_taken_once(halved: str) -> None:
+    with pytest.raises(ValueError, match=r"`name` must be none of .*'halved'.*, got 'halved'"):
+        register_rule(halved)(rules.RULES["none"])

@@ -1,0 +1,161 @@
+"""attention_scores: the column sums of the attention matrix, in every variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import loops
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import LAYOUTS, LOW_PRECISION, laid_out, random, same_bits
+from torch import Tensor
+
+from lookm_kernels import attention_scores
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def materialised(query: Tensor, key: Tensor, mask: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """[B, Hq, M, N] causal logits at the dtype of the inputs, by plain torch."""
+    queries, tokens = query.shape[2], key.shape[2]
+    logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * query.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    seen = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
+    return logits.masked_fill(~(seen if mask is None else seen & mask), float("-inf"))
+
+
+def summed(logits: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, N]: softmax, then the sum over the queries of a KV head."""
+    return logits.softmax(-1).unflatten(1, (kv_heads, -1)).sum((2, 3))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Shapes, options and layouts of one call; tensors on the CPU in float64."""
+    batch, kv_heads, group, width = (draw(st.integers(1, top)) for top in (2, 3, 3, 9))
+    tokens = draw(st.integers(1, 17))
+    queries, seed = draw(st.integers(1, tokens)), draw(st.integers(0, 2**31))
+    heads = kv_heads * group
+    size = draw(st.sampled_from([0.1, 1.0, 10.0]))
+    call: dict[str, Any] = {
+        "query": random(seed, batch, heads, queries, width, dtype=torch.float64) * size,
+        "key": random(seed + 1, batch, kv_heads, tokens, width, dtype=torch.float64),
+        "scale": draw(st.sampled_from([None, 0.5])),
+        "causal": draw(st.booleans()),
+        "softcap": draw(st.sampled_from([None, 5.0])),
+    }
+    if draw(st.booleans()):
+        weight = random(seed + 2, batch, queries, dtype=torch.float64)
+        call["query_weight"] = weight.masked_fill(weight < -0.5, 0.0)
+    if draw(st.booleans()):
+        start = draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+        call["key_start"] = torch.tensor(start, dtype=torch.int32)
+    if draw(st.booleans()):
+        rows, per_head = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+        call["mask"] = random(seed + 3, rows, per_head, queries, tokens) > draw(st.sampled_from([-1.0, 0.0, 1.0]))
+    return call
+
+
+def by_loops(call: dict[str, Any]) -> Tensor:
+    """The oracle, row by row without the padding."""
+    query, key = call["query"], call["key"]
+    (batch, _, queries, width), tokens = query.shape, key.shape[2]
+    scale = width**-0.5 if call["scale"] is None else call["scale"]
+    scores = torch.zeros(key.shape[:3], dtype=torch.float64)
+    for row in range(batch):
+        start = int(call["key_start"][row]) if "key_start" in call else 0
+        first = max(0, start - (tokens - queries))
+        mask, weight = call.get("mask"), call.get("query_weight")
+        scores[row, :, start:] = loops.column_sums(
+            query[row, :, first:],
+            key[row, :, start:],
+            scale,
+            call["causal"],
+            None if mask is None else mask[row % mask.shape[0], :, first:, start:],
+            None if weight is None else weight[row, first:],
+            call["softcap"],
+        )
+    return scores
+
+
+@given(call=calls(), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_equals_loops(device: torch.device, call: dict[str, Any], layout: str, dtype: torch.dtype) -> None:
+    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
+    for name in ("query", "key"):
+        on_device[name] = laid_out(on_device[name].to(dtype), layout)
+    scores = attention_scores(**on_device)
+    assert scores.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(scores.cpu().double(), by_loops(call), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("nothing_seen", [float("-inf"), float("inf"), 0.0])
+def test_known_log_sum_exp(device: torch.device, nothing_seen: float, softcap: float | None) -> None:
+    """Backends differ in what they return for a query that sees nothing: it contributes nothing with any of them."""
+    query, key = random(0, 2, 6, 17, 8, device=device), random(1, 2, 3, 17, 8, device=device)
+    mask = random(2, 2, 1, 17, 17, device=device) > 0
+    mask[:, :, 3] = False
+    lse = materialised(query, key, mask, softcap).logsumexp(-1)
+    lse[:, :, 3] = nothing_seen
+    known = attention_scores(query, key, mask=mask, lse=lse, softcap=softcap)
+    torch.testing.assert_close(known, attention_scores(query, key, mask=mask, softcap=softcap), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float32])
+@pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (1, 17), (17, 17), (17, 255), (255, 255), (507, 507)])
+def test_no_less_exact_than_torch(device: torch.device, queries: int, tokens: int, dtype: torch.dtype) -> None:
+    """64 heads, so that 507 queries are more than one block."""
+    query = laid_out(random(queries, 1, 64, queries, 8, dtype=dtype, device=device), "window")
+    key = laid_out(random(tokens, 1, 16, tokens, 8, dtype=dtype, device=device), "heads_last")
+    exact = summed(materialised(query.double(), key.double()), 16)
+    error = (attention_scores(query, key) - exact).abs().max()
+    assert error <= (summed(materialised(query, key), 16) - exact).abs().max() + 1e-6 * exact.max()
+
+
+def test_large_logits_do_not_overflow(device: torch.device) -> None:
+    query, key = random(0, 1, 2, 9, 8, device=device) * 1e4, random(1, 1, 1, 9, 8, device=device) * 1e4
+    scores = attention_scores(query, key)
+    torch.testing.assert_close(scores, summed(materialised(query, key), 1))
+
+
+def test_a_query_of_weight_zero_is_left_out(device: torch.device) -> None:
+    """Whatever it holds: NaN, and a log-sum-exp of 0 under which its exponentials overflow."""
+    query, key = random(0, 1, 2, 9, 8, device=device), random(1, 1, 1, 9, 8, device=device)
+    weight = torch.ones(1, 9, device=device)
+    weight[0, 4:6] = 0
+    lse = materialised(query, key).logsumexp(-1)
+    clean = attention_scores(query, key, query_weight=weight, lse=lse)
+    query[:, :, 4], query[:, :, 5], lse[:, :, 4:6] = float("nan"), 1e4, 0.0
+    assert same_bits(attention_scores(query, key, query_weight=weight, lse=lse), clean)
+    torch.testing.assert_close(attention_scores(query, key, query_weight=weight), clean)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_key_stays_in_its_head_and_row(device: torch.device, bad: float) -> None:
+    """It is not lost either: the scores of all it could have changed are not numbers."""
+    query, key = random(0, 2, 4, 17, 8, device=device), random(1, 2, 2, 17, 8, device=device)
+    clean = attention_scores(query, key)
+    key[1, 0, 5] = bad
+    scores = attention_scores(query, key)
+    assert same_bits(scores[0], clean[0])
+    assert same_bits(scores[1, 1], clean[1, 1])
+    assert not scores[1, 0].isfinite().any()
+
+
+def test_padding_is_not_read(device: torch.device) -> None:
+    query, key = random(0, 2, 4, 9, 8, device=device), random(1, 2, 2, 17, 8, device=device)
+    start = torch.tensor([0, 11], dtype=torch.int32, device=device)
+    clean = attention_scores(query, key, key_start=start)
+    query[1, :, :3], key[1, :, :11] = float("nan"), float("nan")
+    scores = attention_scores(query, key, key_start=start)
+    assert same_bits(scores, clean)
+    assert bool((scores[1, :, :11] == 0).all())
+
+
+def test_every_row_of_the_matrix_sums_to_one(device: torch.device) -> None:
+    scores = attention_scores(random(0, 1, 6, 255, 64, device=device), random(1, 1, 3, 507, 64, device=device))
+    torch.testing.assert_close(scores.sum(-1), torch.full((1, 3), 2.0 * 255, device=device))
