@@ -1,0 +1,85 @@
+"""Budgets: how many tokens of a prompt stay."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from lookm.policy import Policy, is_number
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+ACCEPTED = "a fraction 0 < f <= 1.0, a number of tokens (int >= 1) or bytes for the whole cache such as '512MiB'"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of: fraction of each row's prompt, tokens a row, bytes for the whole cache, or two fractions.
+
+    With n valid tokens in a row: fraction f keeps max(1, floor(f n)); tokens keeps min(n, tokens); bytes are split
+    evenly
+    over the compressed layers and rows. `important` and `recent` are fractions, each rounded down, as the authors do.
+    """
+
+    fraction: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    important: float | None = None
+    recent: float | None = None
+
+    def split(self, length: int, policy: Policy, bytes_per_token: int) -> tuple[int, int, int]:
+        """(keep, recent, sinks) tokens of a row of `length` valid tokens.
+
+        bytes_per_token: bytes of one token column of the cache, over all rows and compressed layers. ValueError where a
+        budget in bytes does not hold one token.
+        """
+        if self.important is not None and self.recent is not None:
+            recent = _share(self.recent, length)
+            keep = min(length, max(1, _share(self.important, length) + recent))
+            return keep, recent, min(policy.sinks, keep // 2, keep - recent)
+        if self.bytes is not None and self.bytes < bytes_per_token:
+            raise ValueError(
+                f"`budget` of {self.bytes} bytes is less than one token in every row and layer: {bytes_per_token} bytes"
+            )
+        if self.fraction is not None:
+            keep = max(1, _share(self.fraction, length))
+        else:
+            keep = self.tokens if self.tokens is not None else (self.bytes or 0) // bytes_per_token
+        keep = min(length, keep)
+        sinks = min(policy.sinks, keep // 2)
+        return keep, min(_share(policy.recent_share, keep), keep - sinks), sinks
+
+
+def _share(fraction: float, of: int) -> int:
+    # through the decimal digits: 0.29 of 100 is 29, though 0.29 * 100 is 28.999...
+    return math.floor(Fraction(repr(float(fraction))) * of)
+
+
+def parse_budget(budget: float | int | str, important: float | None = None, recent: float | None = None) -> Budget:
+    """The budget a user wrote. ValueError that says what is accepted for anything else."""
+    if (important is None) != (recent is None):
+        raise ValueError(f"`important` and `recent` go together, got important={important!r}, recent={recent!r}")
+    if important is not None and recent is not None:
+        fractions = all(is_number(share) and share >= 0 for share in (important, recent))
+        if not (fractions and 0 < important + recent <= 1):
+            raise ValueError(
+                f"`important` and `recent` must be fractions, 0 or more, 0 < sum <= 1, got {important!r} and {recent!r}"
+            )
+        return Budget(important=float(important), recent=float(recent))
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
+        return Budget(tokens=budget)
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return Budget(fraction=budget)
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", budget)
+        size = math.floor(Fraction(match[1]) * UNITS[match[2]]) if match else 0
+        if size > 0:
+            return Budget(bytes=size)
+    raise ValueError(f"`budget` must be {ACCEPTED}, got {budget!r}")
+
+
+def extend_for_text(keep: Sequence[int], recent: Sequence[int], text_before_recent: Sequence[int]) -> list[int]:
+    """`keep` of every row when no text may be evicted: recent + max(important, text outside of the recent window)."""
+    return [r + max(k - r, text) for k, r, text in zip(keep, recent, text_before_recent, strict=True)]

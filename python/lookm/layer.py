@@ -1,0 +1,332 @@
+"""One full-attention layer of a LookMCache: stores the prompt while its attention runs, then compresses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+import lookm_kernels
+from lookm.budget import Budget, extend_for_text
+from lookm.forward import Forward
+from lookm.masks import is_4d, scoring_mask, stored_mask, visible
+from lookm.observe import offset_of, tag
+from lookm.policy import Attention, Policy, Prompt
+
+UNSUPPORTED_ARGUMENTS = {"s_aux": "attention sinks (learned extra logits)", "position_bias": "a position bias"}
+NOT_INTERCEPTED = (
+    "lookm: the attention call that followed Cache.update was not intercepted, so the prompt could not be scored. The "
+    "model uses an attention function of its own, or changes the keys between update and attention: not supported."
+)
+NOT_CROPPABLE = (
+    "lookm: only tokens after the compressed prompt can be cropped, it ends at position {floor} and the crop at {end}"
+)
+NO_ASSISTANT = (
+    "lookm: assisted (speculative) decoding is not supported: its draft tokens arrive with the prompt and would be "
+    "compressed with it. (A prompt read with logits_to_keep > 1 looks the same; read it with 0 or 1.)"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all layers of one cache share: policy, budget, what becomes of later turns, number of compressed layers."""
+
+    policy: Policy
+    budget: Budget
+    later_turns: str
+    layers: int
+
+
+class LookMLayer(DynamicLayer):
+    """A DynamicLayer that holds K of a prompt's N tokens.
+
+    keys, values [B, H, stored, D]; valid [B, stored] bool or None: stored places that may be attended (a shorter row
+    has empty places first); kept [B, H, k] int32: original positions of the first k stored places, -1 for an empty one;
+    image [B, <= seen] bool: image tokens among all tokens seen (later ones are text); seen: tokens read so far, padding
+    included.
+    """
+
+    keys: Any
+    values: Any
+    image: Any
+    scores: Any
+    is_croppable = False
+    _row_tensors = ("keys", "values", "valid", "kept", "image", "scores", "padding")
+
+    def __init__(self, settings: Settings, forward: Forward) -> None:
+        super().__init__()
+        self.settings, self.forward = settings, forward
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.valid: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.image = self.scores = None
+        self.padding: Tensor | None = None
+        self.seen = 0
+        self.compressed = False
+        self.pending = False
+        self.segment_start = 0
+        self.compressed_at = 0
+
+    @property
+    def stored(self) -> int:
+        """Places in the cache now, empty ones included."""
+        return int(self.keys.shape[-2]) if self.is_initialized else 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: positions and slices of later inputs depend on it, not on what is stored."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: grows without limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.15
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(stored + q, offset): stored tokens stand right before the query, whatever their original position."""
+        if self.pending:
+            raise RuntimeError(NOT_INTERCEPTED)
+        return self.stored + query_length, offset_of(self, self.seen - self.stored)
+
+    def rewrite_mask(self, mask: Tensor | None, batch: int, queries: int, plain: bool) -> Tensor | None:
+        """Called by the mask overlay: the 2D padding mask of the forward, made true for what is stored.
+
+        mask: [B, tokens] bool over all tokens seen and the queries, or None. Returns None where nothing is masked.
+        """
+        new = None
+        if mask is not None:
+            new = mask[:, self.seen : self.seen + queries]
+            new = (new if new.shape[1] == queries else mask[:, -queries:]).bool()
+            new = None if bool(new.all()) else new
+        self.forward.mask(self.seen, queries, new, plain)
+        if not self.compressed:
+            return mask
+        if self.valid is None and new is None:
+            return None
+        return stored_mask(self.valid, new, self.seen - self.stored, self.stored, batch, queries)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, H, q, D]; while a prompt is read, the keys returned carry this layer."""
+        if self.pending:
+            raise RuntimeError(NOT_INTERCEPTED)
+        new = key_states.shape[-2]
+        reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
+        self._note_padding(self.forward.valid_at(self.seen, new), key_states)
+        if reading or new > 1:
+            self._note_image(self.forward.image_at(self.seen, key_states))
+        if self.is_initialized:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+        else:
+            self.keys, self.values = key_states, value_states
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+        self.seen += new
+        if not reading:
+            return self.keys, self.values
+        if self.compressed:
+            self.compressed, self.segment_start = False, self.stored - new
+        self.pending = True
+        return tag(self.keys, self), self.values
+
+    def _note_padding(self, valid: Tensor | None, keys: Tensor) -> None:
+        if valid is None and self.valid is None:
+            return
+        new = keys.new_ones(keys.shape[0], keys.shape[-2], dtype=torch.bool) if valid is None else valid.to(keys.device)
+        old = self.valid if self.valid is not None else new.new_ones(new.shape[0], self.stored)
+        self.valid = torch.cat([old, new], 1)
+        self.padding = (~new).sum(1) if self.padding is None else self.padding + (~new).sum(1)
+
+    def _note_image(self, image: Tensor) -> None:
+        if self.image is None:
+            known = image.new_zeros(image.shape[0], self.seen)
+        else:
+            known = torch.nn.functional.pad(self.image, (0, self.seen - self.image.shape[1]))
+        self.image = torch.cat([known, image], 1)
+
+    def attend(
+        self, inner: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Called by the attention overlay: run the backend untouched, score the prompt, compress it once complete."""
+        self.pending = False
+        for name, meaning in UNSUPPORTED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"lookm: a model with {meaning} is not supported (argument {name!r})")
+        declared = self.forward.prompt_length
+        remaining = 0 if declared is None or self.seen > declared else declared - self.seen
+        if declared is not None and self.seen > declared and self.segment_start == 0:
+            raise ValueError(f"`prompt_length` is {declared}, but the prompt has {self.seen} tokens already")
+        output = inner(module, query, key, value, mask, *args, **kwargs)
+        with torch.no_grad():
+            if self.valid is None and is_4d(mask):
+                self._note_custom_mask(mask, query.shape[0])
+            prompt = self._prompt(remaining)
+            if self._evicts(prompt):
+                self._observe(query, mask, prompt, getattr(module, "is_causal", True), **kwargs)
+            if remaining == 0:
+                self._compress(prompt)
+        return output
+
+    def _note_custom_mask(self, mask: Tensor, batch: int) -> None:
+        # a 4D mask by the user never passes the mask overlay: its last query sees every token that is not padding
+        valid = visible(mask, self.stored)[:, 0, -1].expand(batch, -1)
+        if not bool(valid.all()):
+            self.valid = valid.contiguous()
+            self.padding = (~self.valid).sum(1)
+
+    def _prompt(self, remaining: int) -> Prompt:
+        """The tokens being read, with the budget of each row."""
+        start = self.segment_start
+        valid = None if self.valid is None else self.valid[:, start:]
+        length = self.stored - start
+        image = self.image[:, self.seen - length : self.seen]
+        batch = self.keys.shape[0]
+        lengths = [length] * batch if valid is None else valid.sum(1).tolist()
+        policy = self.settings.policy
+        column = (self.keys[:, :, 0].numel() + self.values[:, :, 0].numel()) * self.keys.element_size()
+        splits = [self.settings.budget.split(n + remaining, policy, column * self.settings.layers) for n in lengths]
+        keep, recent, sinks = (list(part) for part in zip(*splits, strict=True))
+        prompt = Prompt(image, valid, keep, recent, sinks, remaining)
+        if not policy.protect_text:
+            return prompt
+        # sinks go before text, so an image among them needs a place of its own
+        text = (~image | prompt.first(sinks)) & ~prompt.last(recent)
+        text = text if valid is None else text & valid
+        return Prompt(image, valid, extend_for_text(keep, recent, text.sum(1).tolist()), recent, sinks, remaining)
+
+    def _evicts(self, prompt: Prompt) -> bool:
+        """Whether the budget of any row is smaller than the row; padding alone is no reason to touch the cache."""
+        length = self.stored - self.segment_start
+        lengths = [length] * len(prompt.keep) if prompt.valid is None else prompt.valid.sum(1).tolist()
+        return any(keep < n + prompt.remaining for keep, n in zip(prompt.keep, lengths, strict=True))
+
+    def _observe(
+        self, query: Tensor, mask: Any, prompt: Prompt, causal: bool, scaling: float | None = None,
+        softcap: float | None = None, is_causal: bool | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Add this chunk's scores to those of the chunks before."""
+        queries = query.shape[2]
+        causal = causal if is_causal is None else is_causal
+        plain = self.forward.plain_at(self.seen - queries, queries)
+        masking = scoring_mask(mask, plain, causal, self.valid, queries, self.stored)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = self.settings.policy.score(Attention(query, self.keys, prompt, scale, softcap, **masking))
+        if self.scores is not None:
+            scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
+        self.scores = scores
+
+    def _compress(self, prompt: Prompt) -> None:
+        """Replace the prompt, or the segment, by what its budget keeps, in a buffer of its own size."""
+        start, batch, heads = self.segment_start, self.keys.shape[0], self.keys.shape[1]
+        first_position = self.seen - (self.stored - start)
+        before = self.kept_positions()[:, :, :start]
+        if not self._evicts(prompt):
+            positions = torch.arange(first_position, self.seen, dtype=torch.int32, device=self.keys.device)
+            kept = positions.expand(batch, heads, -1)
+            if prompt.valid is not None:
+                kept = kept.masked_fill(~prompt.valid[:, None], -1)
+        else:
+            kept = self._evict(prompt)
+            kept = torch.where(kept < 0, -1, kept + first_position)
+        self.kept = torch.cat([before, kept], 2)
+        self.scores = None
+        self.compressed, self.compressed_at = True, self.seen
+
+    def _evict(self, prompt: Prompt) -> Tensor:
+        policy, start, size = self.settings.policy, self.segment_start, max(prompt.keep)
+        # the model's own tensors are compacted in place, unless they share memory between tokens or with each other
+        keys, values = (_writable(tensor[:, :, start:]) for tensor in (self.keys.detach(), self.values.detach()))
+        values = values.clone() if values.data_ptr() == keys.data_ptr() else values
+        scores = policy.finish(self.scores, prompt)
+        tiers = prompt.tiers(policy.text_prior)
+        kept = lookm_kernels.compress_(keys, values, scores, tiers, prompt.keep, policy.rule, policy.gate)
+        self.keys = torch.cat([self.keys[:, :, :start], keys[:, :, :size]], 2)
+        self.values = torch.cat([self.values[:, :, :start], values[:, :, :size]], 2)
+        filled = torch.arange(size, 0, -1) <= torch.tensor(prompt.keep)[:, None]
+        if self.valid is not None or not bool(filled.all()):
+            old = self.valid[:, :start] if self.valid is not None else torch.ones(len(filled), start, dtype=torch.bool)
+            valid = torch.cat([old, filled.to(old.device)], 1).to(self.keys.device)
+            self.valid = None if bool(valid.all()) else valid
+        return kept
+
+    def kept_positions(self) -> Tensor:
+        """[B, H, stored] int32: the original position of every stored place, -1 for an empty one."""
+        known = 0 if self.kept is None else self.kept.shape[2]
+        tail = torch.arange(
+            self.seen - (self.stored - known), self.seen, dtype=torch.int32, device=self.keys.device
+        ).expand(*self.keys.shape[:2], -1)
+        if self.valid is not None:
+            tail = tail.masked_fill(~self.valid[:, None, known:], -1)
+        return tail.contiguous() if self.kept is None else torch.cat([self.kept, tail], 2)
+
+    def reset(self) -> None:
+        """Forget everything, and what the last forward said."""
+        self._clear()
+        self.forward.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens (a negative number of them; a positive final length before transformers 5.18).
+
+        RuntimeError where that reaches into the compressed prompt: what was merged cannot be taken apart.
+        """
+        removed = self.check_crop(tokens_to_remove)
+        if removed == 0:
+            return
+        end = self.seen - removed
+        self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
+        if self.valid is not None:
+            self.padding = self.padding - (~self.valid[:, -removed:]).sum(1) if self.padding is not None else None
+            self.valid = self.valid[:, :-removed]
+        self.image = None if self.image is None else self.image[:, :end]
+        self.seen = end
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens a crop drops. RuntimeError where it may not."""
+        removed = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if removed <= 0 or not self.is_initialized:
+            return 0
+        end = self.seen - removed
+        if not self.compressed or end < self.compressed_at:
+            floor = self.compressed_at if self.compressed else self.seen
+            raise RuntimeError(NOT_CROPPABLE.format(floor=floor, end=end))
+        return removed
+
+    def activate_past_recording(self) -> None:
+        """NotImplementedError: transformers calls this for assisted decoding."""
+        raise NotImplementedError(NO_ASSISTANT)
+
+    def offload(self) -> None:
+        """NotImplementedError: the compressed cache stays on its device."""
+        raise NotImplementedError("lookm: offloading is not supported; what is left of the cache stays on its device")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of beam_idx [B]."""
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows `indices`."""
+        self._map_rows(lambda rows: rows[indices, ...])
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self._row_tensors:
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, change(rows))
+
+
+def _writable(rows: Tensor) -> Tensor:
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
+    return rows.contiguous() if expanded or rows.stride(-1) != 1 else rows

@@ -1,0 +1,117 @@
+"""The overlays: attention calls hand their query to the cache, and masks become true for what is stored.
+
+The backend's name stays: a wrapper takes the place of "sdpa", "flash_attention_2", ... in transformers' registries,
+runs the untouched backend, and does more only where the key carries a layer of a LookMCache. Everything else passes
+straight through: other models, vision towers, cross attention, decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import AttentionInterface
+
+if TYPE_CHECKING:
+    from lookm.layer import LookMLayer
+
+Attend = Callable[..., Any]
+
+
+class Offset(int):
+    """A mask offset that knows the layer it came from; arithmetic on it gives plain ints."""
+
+    layer: LookMLayer | None = None
+
+
+def offset_of(layer: LookMLayer, value: int) -> Offset:
+    """The offset `value` of a layer's stored keys, for the mask overlay to recognise."""
+    offset = Offset(value)
+    offset.layer = layer
+    return offset
+
+
+def tag(keys: Tensor, layer: LookMLayer) -> Tensor:
+    """A fresh alias of keys that carries its layer to the attention call (fresh: no reference cycle is made)."""
+    alias = keys.view(keys.shape)
+    alias._lookm_layer = layer  # type: ignore[attr-defined]
+    return alias
+
+
+def install(implementation: str) -> None:
+    """Lay the overlays over one attention implementation; once for good, whatever the number of calls.
+
+    NotImplementedError for an implementation that transformers builds no mask for.
+    """
+    masks = AttentionMaskInterface._global_mapping
+    if implementation not in masks or (
+        implementation != "eager" and implementation not in AttentionInterface._global_mapping
+    ):
+        raise NotImplementedError(
+            f"lookm: attention implementation {implementation!r} is not registered with transformers' attention and "
+            f"mask interfaces; registered: {', '.join(masks)}"
+        )
+    if implementation == "eager":
+        _install_eager()
+    else:
+        AttentionInterface.register(implementation, _over_attention(AttentionInterface._global_mapping[implementation]))
+    AttentionMaskInterface.register(implementation, _over_mask(masks[implementation]))
+
+
+def _install_eager() -> None:
+    # eager functions live in the model files, not in the registry: catch them where a model asks for one
+    original = AttentionInterface.get_interface
+    if getattr(original, "_lookm", False):
+        return
+
+    @functools.wraps(original)
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Attend) -> Attend:
+        attend: Attend = original(self, attn_implementation, default)
+        return _over_attention(attend) if attn_implementation == "eager" else attend
+
+    get_interface._lookm = True  # type: ignore[attr-defined]
+    AttentionInterface.get_interface = get_interface
+
+
+@functools.cache
+def _over_attention(attend: Attend) -> Attend:
+    if getattr(attend, "_lookm", False):
+        return attend
+
+    @functools.wraps(attend)
+    def lookm_attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        layer = getattr(key, "_lookm_layer", None)
+        if layer is None or not layer.pending:
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        return layer.attend(attend, module, query, key, value, attention_mask, *args, **kwargs)
+
+    lookm_attention._lookm = True  # type: ignore[attr-defined]
+    return lookm_attention
+
+
+@functools.cache
+def _over_mask(make: Attend) -> Attend:
+    if getattr(make, "_lookm", False):
+        return make
+
+    @functools.wraps(make)
+    def lookm_mask(*args: Any, **kwargs: Any) -> Any:
+        offset = kwargs.get("kv_offset", 0)
+        layer = getattr(offset, "layer", None)
+        if layer is not None:
+            kwargs["kv_offset"] = int(offset)
+            kwargs["attention_mask"] = layer.rewrite_mask(
+                kwargs.get("attention_mask"),
+                kwargs["batch_size"],
+                kwargs["q_length"],
+                plain=kwargs.get("mask_function") is causal_mask_function,
+            )
+        return make(*args, **kwargs)
+
+    lookm_mask._lookm = True  # type: ignore[attr-defined]
+    return lookm_mask

@@ -1,0 +1,140 @@
+"""The policies that come with the package (LOOK-M, sections 3 and 4.2, and the baselines it compares with)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lookm.policy import Attention, Policy, Prompt, is_count, register_policy
+
+SINKS = 4
+
+
+@register_policy("full")
+@dataclass(frozen=True)
+class Full(Policy):
+    """Evict nothing, whatever the budget: the ordinary cache, with a report."""
+
+    evicts: ClassVar[bool] = False
+
+
+@register_policy("h2o")
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Recent tokens and those with the most accumulated attention (H2O, arXiv 2306.14048)."""
+
+
+@register_policy("mean_h2o")
+@dataclass(frozen=True)
+class MeanH2O(Policy):
+    """As h2o, with the attention averaged over the queries that can see the token (RoCo, arXiv 2402.06262)."""
+
+    def score(self, attention: Attention) -> Tensor:
+        """Sums and the number of queries behind them, side by side: both add up over chunks."""
+        sums = attention.column_sums()
+        visits = attention.visits().to(sums.dtype)
+        # query heads of one KV head share the sum, so their counts add up too
+        groups = attention.query.shape[1] // attention.key.shape[1]
+        visits = visits.expand(-1, sums.shape[1] * groups, -1)
+        visits = visits.reshape(*sums.shape[:2], groups, -1).sum(2)
+        return torch.cat([sums, visits], 1)
+
+    def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        """Mean attention; a key that no query sees scores 0."""
+        sums, visits = scores.chunk(2, dim=1)
+        return sums / visits.clamp(min=1)
+
+
+@register_policy("snapkv")
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention of the last queries only, smoothed along the prompt (SnapKV, arXiv 2404.14469).
+
+    window: how many last queries look; None: as many as the budget keeps recent tokens (the authors of LOOK-M).
+    kernel_size, pooling: width (odd) and kind ("average" or "max") of the smoothing; ValueError for another.
+    """
+
+    window: int | None = None
+    kernel_size: int = 5
+    pooling: str = "average"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and not (is_count(self.window) and self.window >= 1):
+            raise ValueError(f"`window` must be None or a number of queries, 1 or more, got {self.window!r}")
+        if not is_count(self.kernel_size) or self.kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd and positive, got {self.kernel_size!r}")
+        if self.pooling not in ("average", "max"):
+            raise ValueError(f"`pooling` must be 'average' or 'max', got {self.pooling!r}")
+
+    def _window(self, prompt: Prompt) -> Tensor:
+        return prompt.last([max(1, recent) if self.window is None else self.window for recent in prompt.recent])
+
+    def score(self, attention: Attention) -> Tensor:
+        """Column sums of the window's queries."""
+        window = self._window(attention.prompt)[:, -attention.query.shape[2] :]
+        return attention.column_sums(window.float())
+
+    def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        """Pooled over neighbours; the window itself lends nothing to them."""
+        before = scores.masked_fill(self._window(prompt)[:, None], 0.0)
+        half = self.kernel_size // 2
+        if self.pooling == "max":
+            return torch.nn.functional.max_pool1d(before, self.kernel_size, stride=1, padding=half)
+        return torch.nn.functional.avg_pool1d(before, self.kernel_size, stride=1, padding=half)
+
+
+@register_policy("streaming", sinks=SINKS, recent_share=1.0)
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """The first 4 tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)."""
+
+    def score(self, attention: Attention) -> Tensor:
+        """Position alone decides."""
+        batch, heads = attention.key.shape[:2]
+        return torch.zeros(batch, heads, attention.prompt.image.shape[1], device=attention.key.device)
+
+
+@register_policy("avg_merge", rule="average", sinks=SINKS)
+@dataclass(frozen=True)
+class AverageMerge(Policy):
+    """As h2o with 4 sinks; evicted tokens are averaged into the nearest kept one."""
+
+
+@register_policy("weighted_merge", rule="weighted", sinks=SINKS)
+@dataclass(frozen=True)
+class WeightedMerge(Policy):
+    """As avg_merge, each evicted token weighted by its cosine similarity."""
+
+
+@register_policy("pivot_merge", rule="pivotal", sinks=SINKS)
+@dataclass(frozen=True)
+class PivotMerge(Policy):
+    """As avg_merge, each evicted token first averaged with its pivot."""
+
+
+@register_policy("text_prior_h2o", text_prior=True)
+@dataclass(frozen=True)
+class TextPriorH2O(Policy):
+    """Text before images, then as h2o (LOOK-M without merging)."""
+
+
+@register_policy("text_prior_avg_merge", text_prior=True, rule="average")
+@dataclass(frozen=True)
+class TextPriorAverageMerge(Policy):
+    """Text before images, averaged merging (LOOK-M, section 3.3)."""
+
+
+@register_policy("text_prior_weighted_merge", text_prior=True, rule="weighted")
+@dataclass(frozen=True)
+class TextPriorWeightedMerge(Policy):
+    """Text before images, weighted merging (LOOK-M, section 3.3)."""
+
+
+@register_policy("text_prior_pivot_merge", text_prior=True, rule="pivotal")
+@dataclass(frozen=True)
+class TextPriorPivotMerge(Policy):
+    """Text before images, pivotal merging (LOOK-M, section 3.3); the default."""

@@ -1,0 +1,211 @@
+"""What a policy is: a frozen dataclass that scores the tokens of a prompt, in a registry by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+import lookm_kernels
+from lookm_kernels.rules import GATES, RULES
+
+PADDING, IMAGE, TEXT, PROTECTED = 0, 1, 2, 3
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a plain number: True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Whether an option is a whole number, 0 or more."""
+    return is_number(value) and isinstance(value, int) and value >= 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens under compression: N seen so far, `remaining` still to come (chunked prefill).
+
+    image, valid: [B, N] bool, True for image or video tokens and for tokens that are not padding; valid None: no
+        padding.
+    keep, recent, sinks: what the budget allows each row, in tokens.
+    """
+
+    image: Tensor
+    valid: Tensor | None
+    keep: Sequence[int]
+    recent: Sequence[int]
+    sinks: Sequence[int]
+    remaining: int = 0
+
+    def last(self, counts: Sequence[int]) -> Tensor:
+        """[B, N] bool: the last counts[row] valid tokens of each row's whole prompt."""
+        return self._within(counts, from_end=True)
+
+    def first(self, counts: Sequence[int]) -> Tensor:
+        """[B, N] bool: the first counts[row] valid tokens of each row."""
+        return self._within(counts, from_end=False)
+
+    def _within(self, counts: Sequence[int], from_end: bool) -> Tensor:
+        valid = torch.ones_like(self.image) if self.valid is None else self.valid
+        place = valid.flip(1).cumsum(1).flip(1) + self.remaining if from_end else valid.cumsum(1)
+        return valid & (place <= torch.tensor(counts, device=valid.device)[:, None])
+
+    def tiers(self, text_prior: bool) -> Tensor:
+        """[B, N] int32 selection classes for select_tokens: protected, text, image, padding."""
+        tier = (
+            torch.where(self.image, IMAGE, TEXT) if text_prior else torch.full_like(self.image, IMAGE, dtype=torch.long)
+        )
+        tier = tier.masked_fill(self.last(self.recent) | self.first(self.sinks), PROTECTED)
+        if self.valid is not None:
+            tier = tier.masked_fill(~self.valid, PADDING)
+        return tier.int()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention over (a chunk of) the prompt, as a policy sees it.
+
+    query [B, Hq, M, D], key [B, H, N, D] after rotary embedding, the queries being the last M of the N tokens; the
+    other fields are the arguments of lookm_kernels.attention_scores; a mask beside causal hides padding, nothing else.
+    The prompt is the last prompt.image.shape[1] of the N tokens: earlier ones belong to turns that were compressed
+    before.
+    """
+
+    query: Tensor
+    key: Tensor
+    prompt: Prompt
+    scale: float
+    softcap: float | None = None
+    causal: bool = True
+    key_start: Tensor | None = None
+    mask: Tensor | None = None
+
+    def column_sums(self, query_weight: Tensor | None = None) -> Tensor:
+        """[B, H, prompt tokens] float32: attention received from this chunk's queries, weighted by query_weight [B, M].
+
+        Padding queries count 0. Prompts only: turns compressed before take their share of the softmax but no score.
+        """
+        valid = self._valid_queries()
+        weight = query_weight if valid is None else valid if query_weight is None else valid * query_weight
+        scores = lookm_kernels.attention_scores(
+            self.query,
+            self.key,
+            scale=self.scale,
+            causal=self.causal,
+            query_weight=weight,
+            key_start=self.key_start,
+            mask=self.mask,
+            softcap=self.softcap,
+        )
+        return scores[..., -self.prompt.image.shape[1] :]
+
+    def visits(self) -> Tensor:
+        """[B, 1 or Hq, prompt tokens] float32: how many of this chunk's valid queries can see each key."""
+        queries, tokens = self.query.shape[2], self.prompt.image.shape[1]
+        weight = self._valid_queries()
+        if weight is None:
+            weight = torch.ones(self.query.shape[0], queries, device=self.query.device)
+        if not self.causal:
+            if self.mask is None:
+                return weight.sum(1)[:, None, None].expand(-1, 1, tokens)
+            seen = self.mask[..., -tokens:] * weight[:, None, :, None]
+            return seen.sum(2)
+        # key j of the last M tokens is seen by the queries from j on, an earlier key by all of them
+        own = weight.flip(1).cumsum(1).flip(1)
+        earlier = own[:, :1].expand(-1, tokens - queries)
+        return torch.cat([earlier, own], 1)[:, None]
+
+    def _valid_queries(self) -> Tensor | None:
+        valid = self.prompt.valid
+        return None if valid is None else valid[:, -self.query.shape[2] :].float()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which tokens stay and how the others merge. A new policy overrides `score`, or only sets the fields.
+
+    recent_share: share of the budget for the most recent tokens.
+    sinks: first tokens that always stay (at most half of the budget).
+    text_prior: text tokens go before image tokens (LOOK-M, section 3.2).
+    rule, gate: merge rule and gate, names of lookm_kernels.rules.
+    protect_text: never evict text, even where that exceeds the budget, as the authors' code does.
+    ValueError for a value outside of what is said here.
+    """
+
+    recent_share: float = 0.5
+    sinks: int = 0
+    text_prior: bool = False
+    rule: str = "none"
+    gate: str | None = None
+    protect_text: bool = False
+    evicts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("recent_share", is_number(self.recent_share) and 0 <= self.recent_share <= 1, "a share from 0 to 1"),
+            ("sinks", is_count(self.sinks), "a number of tokens, 0 or more"),
+            ("text_prior", isinstance(self.text_prior, bool), "True or False"),
+            ("rule", self.rule in list(RULES), f"one of {sorted(RULES)}"),
+            ("gate", self.gate is None or self.gate in GATES, f"None or one of {list(GATES)}"),
+            ("protect_text", isinstance(self.protect_text, bool), "True or False"),
+            ("protect_text", self.text_prior or not self.protect_text, "False in a policy without text prior"),
+        ):
+            if not good:
+                raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
+
+    def score(self, attention: Attention) -> Tensor:
+        """Score of every token of the prompt so far: [B, any, N] float32, added up over the chunks of a prompt.
+
+        By default the accumulated attention of all valid queries (H2O; LOOK-M, section 3.2).
+        """
+        return attention.column_sums()
+
+    def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
+        """The sum over all chunks as the final score [B, H, N]; unchanged by default."""
+        return scores
+
+
+POLICIES: dict[str, Policy] = {}
+DESCRIPTIONS: dict[str, str] = {}
+ALIASES = {"lookm": "text_prior_pivot_merge"}
+PolicyType = TypeVar("PolicyType", bound=type[Policy])
+
+
+def register_policy(name: str, **defaults: Any) -> Callable[[PolicyType], PolicyType]:
+    """Class decorator: put the policy, with these field values, into the registry. The docstring's first line describes
+    it.
+
+    ValueError when the name is taken.
+    """
+
+    def add(policy: PolicyType) -> PolicyType:
+        if name in POLICIES or name in ALIASES:
+            raise ValueError(f"`name` must be new, got {name!r}, which is registered already")
+        POLICIES[name] = replace(policy(), **defaults)
+        DESCRIPTIONS[name] = (policy.__doc__ or "").strip().partition("\n")[0]
+        return policy
+
+    return add
+
+
+def resolve_policy(policy: str | Policy, options: dict[str, Any]) -> Policy:
+    """A registered policy by name, or one given, with some of its fields replaced.
+
+    ValueError for an unknown name or field, TypeError for anything that is no policy.
+    """
+    if isinstance(policy, str):
+        name = ALIASES.get(policy, policy)
+        if name not in POLICIES:
+            raise ValueError(f"`policy` must be one of {', '.join([*ALIASES, *POLICIES])}; got {policy!r}")
+        policy = POLICIES[name]
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a name or a lookm.Policy, got {type(policy).__name__}")
+    known = [field.name for field in fields(policy)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options of this policy are {', '.join(known)}; got {name!r}")
+    return replace(policy, **options)
