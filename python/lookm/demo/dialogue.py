@@ -1,0 +1,55 @@
+"""Dialogues: many turns on a cache that was compressed once, after the first prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lookm.cache import LookMCache
+from lookm.demo.task import Prompt, Turn, ask_note, ask_picture
+from lookm.report import Report
+
+
+def script(prompt: Prompt, generator: torch.Generator) -> list[Turn]:
+    """Every picture once, in a random order of its own for each row, then the note."""
+    batch, images = prompt.facts.letter.shape
+    order = torch.rand(batch, images, generator=generator).argsort(1)
+    return [*(ask_picture(prompt.facts, order[:, turn]) for turn in range(images)), ask_note(prompt.facts)]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What the model said, one tensor [B, answer tokens] a turn, and what the cache held right after the prompt."""
+
+    said: list[Tensor]
+    report: Report
+
+
+@torch.no_grad()
+def converse(model: Any, prompt: Prompt, turns: Sequence[Turn], cache: LookMCache) -> Dialogue:
+    """Read the pictures and the first question into an empty cache, answer greedily, then ask the other turns.
+
+    A model's own answers stay in the dialogue, right or wrong.
+    """
+    first = torch.cat([prompt.input_ids, turns[0].question], 1)
+    logits = model(input_ids=first, pixel_values=prompt.pixel_values, past_key_values=cache, logits_to_keep=1).logits
+    report = cache.report()
+    said: list[Tensor] = []
+    for turn in turns:
+        if said:
+            question = torch.cat([said[-1][:, -1:], turn.question], 1)
+            logits = model(input_ids=question, past_key_values=cache, logits_to_keep=1).logits
+        words = [logits.argmax(-1)]
+        for _ in range(turn.answer.shape[1] - 1):
+            words.append(model(input_ids=words[-1], past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
+        said.append(torch.cat(words, 1))
+    return Dialogue(said, report)
+
+
+def exact_matches(turns: Sequence[Turn], said: Sequence[Tensor]) -> Tensor:
+    """[turns, B] bool: whether every token of an answer is right."""
+    return torch.stack([(answer == turn.answer).all(1) for turn, answer in zip(turns, said, strict=True)])
