@@ -1,0 +1,113 @@
+"""Write the README's tables from the result files: python benchmarks/readme.py
+
+The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
+docs/kept.png) and from `make bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import lookm  # noqa: F401  (registers the policies)
+from lookm.policy import ALIASES, DESCRIPTIONS, POLICIES
+from lookm.report import format_bytes
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return content
+
+
+def demo() -> str:
+    """Exact match of later-turn answers: a row a policy, a column a budget."""
+    result = read("demo.json")
+    cells = result["cells"]
+    budgets = list(dict.fromkeys(cell["budget"] for cell in cells))
+    found = {(cell["policy"], cell["budget"]): cell for cell in cells}
+
+    def share(policy: str, budget: float) -> str:
+        cell = found.get((policy, budget))
+        if cell is None:
+            return ""
+        return f"{cell['exact_match']:.0f} ({cell['exact_match_after']:.0f}, {cell['exact_match_before']:.0f})"
+
+    rows = [
+        [f"`{policy}`", *(share(policy, budget) for budget in budgets)]
+        for policy in dict.fromkeys(cell["policy"] for cell in cells)
+    ]
+    last = {cell["budget"]: cell for cell in cells}
+    rows.append(["*tokens kept*", *(f"{last[budget]['kept']:.0f}" for budget in budgets)])
+    rows.append(["*cache*", *(format_bytes(last[budget]["bytes"]) for budget in budgets)])
+    text = (
+        f"Exact match in % of {cells[0]['answers']} answers in later turns, from a cache compressed once after a "
+        f"prompt of {cells[0]['seen']:.0f} tokens (in brackets: names after, names before their pictures; "
+        f"`lookm demo --seed {result['seed']}`):"
+    )
+    return text + "\n\n" + markdown(["policy", *(f"budget {budget}" for budget in budgets)], rows)
+
+
+def families() -> str:
+    """The models of the tests."""
+    from families import FAMILIES
+
+    names = [f"`{name}`" for name in FAMILIES]
+    return ", ".join(names) + "."
+
+
+def policies() -> str:
+    """The registry."""
+    rows = []
+    for name in POLICIES:
+        aliases = [alias for alias, target in ALIASES.items() if target == name]
+        rows.append([" = ".join(f"`{each}`" for each in [name, *aliases]), DESCRIPTIONS[name]])
+    return markdown(["name", "what it does"], rows)
+
+
+def cost() -> str:
+    """Time and memory against the materialised attention matrix."""
+    result = read("compress.json")
+    shape, runs = result["shape"], result["results"]
+    rows = [
+        [name, f"{runs[key]['median_s']:.2f} s", format_bytes(runs[key]["peak_bytes"])]
+        for name, key in (("attention matrix in memory", "materialised"), ("lookm-kernels", "blocked"))
+    ]
+    rows.append(["ratio", f"{result['time_ratio']:.2f}", f"1/{1 / result['memory_ratio']:.0f}"])
+    text = (
+        f"Scoring and compressing one layer of {shape['heads']} heads x {shape['tokens']} tokens x {shape['width']} "
+        f"({shape['dtype']}) on {result['threads']} threads of an {result['cpu']} processor (`make bench`):"
+    )
+    return text + "\n\n" + markdown(["", "time", "peak memory beyond the inputs"], rows)
+
+
+SECTIONS = {"demo": demo, "families": families, "policies": policies, "cost": cost}
+
+
+def render(readme: str) -> str:
+    """The README with every generated section written anew."""
+    for name, section in SECTIONS.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text = section()
+        readme, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"README.md must have one section {name!r}, it has {count}")
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text()))

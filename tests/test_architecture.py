@@ -1,0 +1,110 @@
+"""The layout's rules (CONTRIBUTING.md), read from the syntax tree and from what an import loads."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+KERNELS, LOOKM = ROOT / "lookm_kernels", ROOT / "python" / "lookm"
+OPS = {"scores", "select", "nearest", "merge", "compact", "compress"}
+LEAVES = {"lookm_kernels._checks", "lookm_kernels._version"}
+PUBLIC = {"lookm_kernels", "lookm_kernels.rules", "lookm_kernels._version"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at the top or inside a function; `from a import b` counts as a."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def top_level(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files(KERNELS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_lookm_kernels_imports_torch_and_itself_only(path: Path) -> None:
+    assert top_level(imports(path)) <= {"torch", "lookm_kernels"}
+
+
+@pytest.mark.parametrize("path", [*files(KERNELS / "reference"), KERNELS / "rules.py"], ids=lambda path: path.name)
+def test_the_specification_stands_on_its_own(path: Path) -> None:
+    own = {module for module in imports(path) if module.startswith("lookm_kernels")}
+    assert {module for module in own if not module.startswith("lookm_kernels.reference")} <= LEAVES | {
+        "lookm_kernels.rules"
+    }
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_an_op_knows_its_backends_through_the_dispatcher_only(op: str) -> None:
+    assert not {module for module in imports(KERNELS / f"{op}.py") if "reference" in module}
+    assert "lookm_kernels._dispatch" in imports(KERNELS / f"{op}.py")
+
+
+def test_the_same_basename_is_the_same_op_in_every_folder() -> None:
+    assert {path.stem for path in KERNELS.glob("*.py")} >= OPS
+    backend = {path.stem for path in (KERNELS / "reference").glob("*.py") if not path.stem.startswith("_")}
+    assert backend == OPS
+
+
+@pytest.mark.parametrize("path", files(LOOKM), ids=lambda path: str(path.relative_to(ROOT)))
+def test_lookm_uses_public_names_of_lookm_kernels_only(path: Path) -> None:
+    modules = imports(path)
+    assert {module for module in modules if module.startswith("lookm_kernels")} <= PUBLIC
+    assert top_level(modules) <= {"torch", "numpy", "transformers", "PIL", "rich", "typer", "lookm", "lookm_kernels"}
+
+
+def test_nothing_below_knows_the_command_line() -> None:
+    for path in files(LOOKM):
+        if path.name != "cli.py":
+            assert not {module for module in imports(path) if module in ("lookm.cli", "typer")}, path
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_kernels_loads_no_backend_and_no_transformers() -> None:
+    loaded = loaded_by("import lookm_kernels") - loaded_by("import torch")
+    assert not {"transformers", "triton", "lookm", "lookm_kernels.reference.scores"} & loaded
+
+
+def test_importing_lookm_loads_neither_the_command_line_nor_the_demo() -> None:
+    loaded = loaded_by("import lookm") - loaded_by("import torch, transformers")
+    assert "lookm.cache" in loaded
+    assert not {"triton", "typer", "PIL", "lookm.cli", "lookm.demo"} & loaded
+
+
+def test_in_place_verbs_end_in_an_underscore() -> None:
+    mutating = {schema.name for schema in _schemas() if schema.is_mutable}
+    assert mutating == {"lookm::merge_", "lookm::compact_", "lookm::compress_"}
+    assert all(schema.name.endswith("_") == schema.is_mutable for schema in _schemas())
+
+
+def _schemas() -> list[Any]:
+    importlib.import_module("lookm_kernels")
+    return [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("lookm::")]
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    for path in [*files(KERNELS), *files(LOOKM)]:
+        assert len(path.read_text().splitlines()) <= 400, path

@@ -1,0 +1,72 @@
+"""The README says what the code does: generated sections are up to date, its Python runs, its commands exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from families import FAMILIES
+from typer.testing import CliRunner
+
+from lookm import LookMCache
+from lookm.cli import app
+from lookm.policy import DESCRIPTIONS, POLICIES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_sections_are_up_to_date(generator: ModuleType) -> None:
+    assert generator.render(README) == README
+
+
+def test_a_missing_section_is_an_error(generator: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="one section 'demo', it has 0"):
+        generator.render(README.replace("begin demo", "begin dem"))
+
+
+def test_files_it_points_to_are_there() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_ten_line_policy_works() -> None:
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "register_policy" in block]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    try:
+        exec(block, {"__name__": "readme"})
+        family = FAMILIES["qwen3_vl"]
+        model, inputs = family.model(), family.inputs([family.prompt((6, "image", 9))])
+        cache = LookMCache(model, budget=0.5, policy="small_keys")
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+        norms = cache.layers[0].keys.norm(dim=-1)
+        assert cache.report().layers[0].evicted > 0
+        assert torch.isfinite(norms).all()
+        assert DESCRIPTIONS["small_keys"].startswith("Keep the keys of small norm")
+    finally:
+        POLICIES.pop("small_keys", None)
+        DESCRIPTIONS.pop("small_keys", None)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^lookm (\w+)", README, re.M)) | {"demo", "policies"}))
+def test_commands_exist(command: str) -> None:
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)`", README))))
+def test_make_targets_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
