@@ -61,12 +61,23 @@ def demo() -> str:
     return text + "\n\n" + markdown(["policy", *(f"budget {budget}" for budget in budgets)], rows)
 
 
+def pinned(constraints: str, package: str) -> str:
+    """The version a constraints file pins."""
+    return re.findall(rf"^{package}==(.*)$", (ROOT / constraints).read_text(), re.M)[0]
+
+
 def families() -> str:
-    """The models of the tests."""
+    """The models of the tests and the versions these run on."""
     from families import FAMILIES
 
-    names = [f"`{name}`" for name in FAMILIES]
-    return ", ".join(names) + "."
+    oldest, newest = (pinned(name, "transformers") for name in ("constraints-oldest.txt", "constraints.txt"))
+    absent = f" (not with transformers {oldest})"
+    names = [f"`{name}`{absent if family.hybrid else ''}" for name, family in FAMILIES.items()]
+    return (
+        f"Tested with transformers {oldest} and {newest}, torch {pinned('constraints.txt', 'torch')} and Python 3.11 "
+        "on a processor, on tiny random models of the real classes: sdpa and eager attention; greedy, beam, sampled; "
+        f"left-padded batches; a second turn, with text and with a new image:\n\n{', '.join(names)}."
+    )
 
 
 def policies() -> str:

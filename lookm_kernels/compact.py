@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lookm_kernels._checks import check_ascending, check_call, check_indices
 from lookm_kernels._dispatch import implementation, register
-from lookm_kernels.merge import check_key_value
+from lookm_kernels.merge import check_apart, check_key_value
 from lookm_kernels.nearest import check_lists
 
 
@@ -38,6 +38,7 @@ def _check(key: Tensor, value: Tensor, kept: Tensor) -> None:
 
 def _run(key: Tensor, value: Tensor, kept: Tensor) -> None:
     _check(key, value, kept)
+    check_apart(key, value)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
     implementation("compact_", "compact")(key, value, kept)

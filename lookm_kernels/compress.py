@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lookm_kernels._checks import check_call, check_device, check_shape
 from lookm_kernels._dispatch import implementation, register
-from lookm_kernels.merge import check_key_value
+from lookm_kernels.merge import check_apart, check_key_value
 from lookm_kernels.rules import check_rule
 from lookm_kernels.select import check_selection, check_tier_values, per_row
 
@@ -60,6 +60,7 @@ def _run(
     key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
 ) -> Tensor:
     _check(key, value, scores, tier, keep, rule, gate)
+    check_apart(key, value)
     check_tier_values(tier)
     run = implementation("compress_", "compress")
     return run(key, value, scores, tier, keep, rule, gate)  # type: ignore[no-any-return]

@@ -54,6 +54,11 @@ def merge_(
     torch.ops.lookm.merge_(key, value, kept, evicted, pivot, evicted_weight, kept_weight)
 
 
+def check_apart(key: Tensor, value: Tensor) -> None:
+    """Key and value must not be one tensor: what is moved in one would move twice."""
+    require(key.data_ptr() != value.data_ptr(), "value", "in other memory than `key`, as both are modified", value)
+
+
 def check_key_value(key: Tensor, value: Tensor) -> None:
     """A key and a value tensor of one cache layer that are about to be modified."""
     check_rows("key", key, "B H N D")
@@ -95,6 +100,7 @@ def _run(
     kept_weight: Tensor,
 ) -> None:
     _check(key, value, kept, evicted, pivot, evicted_weight, kept_weight)
+    check_apart(key, value)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
     check_indices("evicted", evicted, key.shape[2])

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lookm_kernels._checks import require
+from lookm_kernels._checks import SCORE_DTYPES, check_call, check_indices, check_shape, check_tensor, require
 
 Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 RULES: dict[str, Rule] = {}
@@ -76,6 +76,13 @@ def merge_weights(
     unknown name.
     """
     check_rule(rule, gate)
+    check_call(similarity=similarity, pivot=pivot, kept=kept)
+    check_tensor("similarity", similarity, "B H E", SCORE_DTYPES)
+    check_tensor("pivot", pivot, "B H E", (torch.int32,))
+    check_shape("pivot", pivot, similarity.shape, "B H E")
+    check_tensor("kept", kept, "B H K", (torch.int32,))
+    check_shape("kept", kept, (*similarity.shape[:2], kept.shape[2]), "B H K")
+    check_indices("pivot", pivot, kept.shape[2])
     merging = pivot >= 0
     if gate is not None:
         merging = merging & _at_least_mean(similarity, merging)
@@ -85,6 +92,8 @@ def merge_weights(
         return torch.zeros_like(similarity), count
     count.scatter_add_(-1, place, merging.to(count.dtype))
     evicted_weight, kept_weight = RULES[rule](similarity, count.gather(-1, place), count)
+    for which, weight, shape in (("first", evicted_weight, similarity.shape), ("second", kept_weight, kept.shape)):
+        require(weight.shape == shape, "rule", f"a function whose {which} result is {list(shape)}", weight)
     return evicted_weight.masked_fill(~merging, 0.0), kept_weight
 
 

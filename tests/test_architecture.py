@@ -68,7 +68,17 @@ def test_the_same_basename_is_the_same_op_in_every_folder() -> None:
 def test_lookm_uses_public_names_of_lookm_kernels_only(path: Path) -> None:
     modules = imports(path)
     assert {module for module in modules if module.startswith("lookm_kernels")} <= PUBLIC
-    assert top_level(modules) <= {"torch", "numpy", "transformers", "PIL", "rich", "typer", "lookm", "lookm_kernels"}
+    assert top_level(modules) <= {
+        "torch",
+        "numpy",
+        "transformers",
+        "jinja2",
+        "PIL",
+        "rich",
+        "typer",
+        "lookm",
+        "lookm_kernels",
+    }
 
 
 def test_nothing_below_knows_the_command_line() -> None:

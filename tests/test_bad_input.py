@@ -177,6 +177,12 @@ def test_not_a_tensor(device: torch.device, op: str, argument: str) -> None:
     check(op, given, TypeError, argument, "a tensor", "ndarray")
 
 
+@pytest.mark.parametrize("op", ["merge_", "compact_", "compress_"])
+def test_one_tensor_for_key_and_value(device: torch.device, op: str) -> None:
+    given = arguments(op, device)
+    check(op, given | {"value": given["key"]}, ValueError, "value", "in other memory than `key`", "torch.float32")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_none_for_a_tensor(device: torch.device, op: str) -> None:
     given = arguments(op, device)

@@ -21,7 +21,7 @@ ROWS = [(9, IMAGE, 12), (5, IMAGE, 4), (21,)]
 LENGTHS = [39, 27, 21]
 TOKEN_BYTES = 2 * KV_HEADS * HEAD_DIM * 4 * LAYERS  # keys and values of one token of one row, float32
 
-NOT_A_BUDGET = [0, 0.0, -0.0, -1, -0.5, 1.5, 1.0000001, True, False, None, float("nan"), float("inf"), [1], (0.2,)]
+NOT_A_BUDGET = [0, 0.0, -0.0, -1, -0.5, 1.5, 1.0000001, True, False, float("nan"), float("inf"), [1], (0.2,)]
 NOT_BYTES = ["", "0.2", "20%", "1GiBB", "GiB", "-1MiB", "0MiB", "0.4B", "1e3B", "512mib", "1 TiB", "1.MiB", "lots"]
 NOT_FRACTIONS = [(-0.1, 0.2), (0.0, 0.0), (0.9, 0.2), (float("nan"), 0.1), ("0.1", 0.1), (0.1, [0.1]), (True, 0.0)]
 
@@ -71,6 +71,24 @@ def test_important_and_recent_go_together(alone: str):
         LookMCache(FAMILY.model(), **{alone: 0.1})
 
 
+@pytest.mark.parametrize(
+    ("settings", "argument"),
+    [
+        ({"budget": 0.9, "important": 0.1, "recent": 0.1}, "budget"),
+        ({"important": 0.1, "recent": 0.1, "recent_share": 0.9}, "recent_share"),
+        ({"budget": "1MiB", "later_turns": "segment"}, "budget"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other(settings: dict, argument: str):
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        LookMCache(FAMILY.model(), **settings)
+
+
+def test_a_fifth_stays_by_default():
+    assert kept(prefill(None)) == kept(prefill(0.2))
+
+
 @example(290, 100)  # 0.29 * 100 is 28.999... in binary
 @example(570, 100)
 @given(thousandths=st.integers(1, 1000), length=st.integers(1, 5000))
@@ -82,7 +100,7 @@ def test_fractions_round_down_in_decimals(thousandths: int, length: int):
 @example(290, 570, 100)
 @given(important=st.integers(0, 500), recent=st.integers(1, 500), length=st.integers(1, 5000))
 def test_important_and_recent_round_down_separately(important: int, recent: int, length: int):
-    budget = parse_budget(0.9, important / 1000, recent / 1000)
+    budget = parse_budget(None, important / 1000, recent / 1000)
     last = recent * length // 1000
     assert budget.split(length, policy(), 1) == (max(1, important * length // 1000 + last), last, 0)
 
@@ -105,7 +123,7 @@ def test_the_share_of_recent_tokens_rounds_down_in_decimals():
 
 
 def test_sinks_leave_the_recent_fraction_alone():
-    assert parse_budget(0.2, 0.02, 0.1).split(100, policy(sinks=4), 1) == (12, 10, 2)
+    assert parse_budget(None, 0.02, 0.1).split(100, policy(sinks=4), 1) == (12, 10, 2)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +145,7 @@ def test_every_row_has_its_own_budget(budget, expected: list[int]):
 
 
 def test_important_and_recent_replace_the_budget():
-    assert kept(prefill("not read", important=0.13, recent=0.1)) == [5 + 3, 3 + 2, 2 + 2]
+    assert kept(prefill(None, important=0.13, recent=0.1)) == [5 + 3, 3 + 2, 2 + 2]
 
 
 def test_bytes_are_split_over_the_compressed_layers_only():

@@ -299,3 +299,30 @@ def test_a_dropped_cache_frees_its_memory_at_once(budget: float):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_compiled_model_decodes_from_it():
+    model = FAMILIES["qwen3"].model()
+    inputs = FAMILIES["qwen3"].inputs([FAMILIES["qwen3"].prompt((30,))])
+    step = {"input_ids": torch.tensor([[7]])}
+    logits = []
+    for run in (model, torch.compile(model, backend="eager")):
+        cache = LookMCache(model, budget=0.3)
+        with torch.no_grad():
+            run(**inputs, past_key_values=cache)
+            logits.append(run(**step, past_key_values=cache).logits)
+        assert cache.get_seq_length() == 31
+    torch._dynamo.reset()
+    torch.testing.assert_close(*logits)
+
+
+def test_a_prefill_can_be_differentiated():
+    family = FAMILIES["qwen3"]
+    model, inputs = family.model(), family.inputs([family.prompt((30,))])
+    gradients = []
+    for cache in (None, LookMCache(model, budget=0.3)):
+        model.zero_grad()
+        model(**inputs, past_key_values=cache).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    model.zero_grad()
+    assert torch.equal(*gradients)

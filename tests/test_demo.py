@@ -20,6 +20,7 @@ from lookm.demo.compare import Cell, compare
 from lookm.demo.dialogue import converse, exact_matches, script
 from lookm.demo.picture import DIM, LABEL, STEP, TITLE, draw_kept, kept_share
 from lookm.demo.task import IMAGE, LAYOUTS, draw_prompts, held_out_scans
+from lookm.policy import POLICIES
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,9 @@ def test_the_picture_dims_what_was_evicted() -> None:
 
 def test_the_command_writes_a_picture_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(show, "BUDGETS", (0.5,))
-    monkeypatch.setattr(show, "POLICIES", ("streaming",))
+    monkeypatch.setattr(
+        show, "POLICIES", {name: POLICIES[name] for name in ("full", "streaming", "text_prior_pivot_merge")}
+    )
     monkeypatch.setattr(show, "Console", lambda: Console(width=120))
     out = tmp_path / "new" / "folder"
     result = CliRunner().invoke(

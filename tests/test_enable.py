@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -132,3 +133,8 @@ def test_copies_of_an_enabled_model_are_their_own(model):
     assert type(generate(twin)[2]) is LookMCache
     lookm.disable(twin)
     assert type(generate(twin)[2]) is DynamicCache
+
+
+def test_hooks_can_be_pickled_with_their_model(model):
+    lookm.enable(model, budget=0.3)
+    assert pickle.loads(pickle.dumps(list(model._forward_pre_hooks.values())))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,27 @@ def test_ids_images_and_videos():
 
 def test_a_text_model_has_no_images():
     assert find_image_tokens(QWEN.model(), {"input_ids": torch.full((1, 5), IMAGE_ID)}) is None
-    assert find_image_tokens(QWEN.model(), {"inputs_embeds": torch.zeros(1, 5, 64)}) is None
+
+
+def test_a_text_model_that_is_fed_embeddings_cannot_tell():
+    """The decoder of a vision-language model, called directly, looks the same: its images are merged in already."""
+    embeddings = {"inputs_embeds": torch.zeros(1, 9, 64)}
+    with pytest.raises(ValueError, match="image_mask="):
+        QWEN.model()(**embeddings, past_key_values=LookMCache(QWEN.model(), 0.5))
+    cache = LookMCache(QWEN.model(), 0.5, image_mask=torch.zeros(1, 9, dtype=torch.bool))
+    with torch.no_grad():
+        QWEN.model()(**embeddings, past_key_values=cache)
+    assert cache.report().layers[0].seen_text == 9
+
+
+def test_ids_may_stand_in_the_vision_configuration():
+    vision = SimpleNamespace(image_token_id=7)
+    assert image_token_ids(SimpleNamespace(vision_config=vision, image_token_index=None)) == [7]
+
+
+def test_images_that_no_token_stands_for_are_refused():
+    with pytest.raises(ValueError, match=r"'image_pixel_values'.* names no image token.*image_mask="):
+        find_image_tokens(QWEN.model(), {"input_ids": torch.ones(1, 5), "image_pixel_values": torch.zeros(1, 3, 8, 8)})
 
 
 def test_token_types_beside_embeddings():

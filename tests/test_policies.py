@@ -133,7 +133,7 @@ def test_layers_hold_what_the_authors_classes_hold(case: dict):
     if "weighted" in case["mode"]:
         options["gate"] = "mean_similarity"
     policy = lookm.policy.resolve_policy(case["mode"], options)
-    budget = parse_budget(0.2, case["important_ratio"], case["recent_ratio"])
+    budget = parse_budget(None, case["important_ratio"], case["recent_ratio"])
     layer = LookMLayer(Settings(policy, budget, "dense", 1), Forward(data["image_mask"][None]))
     keys, values = layer.update(data["k"], data["v"])
     layer.attend(lambda *_, **__: None, None, data["q"], keys, values, None)

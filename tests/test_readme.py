@@ -34,32 +34,44 @@ def test_generated_sections_are_up_to_date(generator: ModuleType) -> None:
     assert generator.render(README) == README
 
 
+def test_recorded_costs_meet_their_targets(generator: ModuleType) -> None:
+    record = generator.read("compress.json")
+    assert record["memory_ratio"] <= 1 / 8
+    assert record["time_ratio"] <= 1
+
+
 def test_a_missing_section_is_an_error(generator: ModuleType) -> None:
     with pytest.raises(SystemExit, match="one section 'demo', it has 0"):
         generator.render(README.replace("begin demo", "begin dem"))
 
 
 def test_files_it_points_to_are_there() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
 
 
 def test_the_ten_line_policy_works() -> None:
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "register_policy" in block]
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    family = FAMILIES["llava"]
+    inputs = family.inputs([family.prompt((6, "image", 19))])
+    ids, kept = inputs["input_ids"], []
+    whole = [{"input_ids": ids, "pixel_values": inputs["pixel_values"]}]
+    chunks = [{**whole[0], "input_ids": ids[:, :-9]}, {"input_ids": ids[:, -9:]}]
     try:
         exec(block, {"__name__": "readme"})
-        family = FAMILIES["qwen3_vl"]
-        model, inputs = family.model(), family.inputs([family.prompt((6, "image", 9))])
-        cache = LookMCache(model, budget=0.5, policy="small_keys")
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
-        norms = cache.layers[0].keys.norm(dim=-1)
-        assert cache.report().layers[0].evicted > 0
-        assert torch.isfinite(norms).all()
-        assert DESCRIPTIONS["small_keys"].startswith("Keep the keys of small norm")
+        assert DESCRIPTIONS["text_looks"].startswith("As lookm, scored by")
+        for parts in (whole, chunks):
+            cache = LookMCache(family.model(), budget=0.5, policy="text_looks", prompt_length=ids.shape[1])
+            with torch.no_grad():
+                for part in parts:
+                    family.model()(**part, past_key_values=cache)
+            kept.append(cache.kept_positions(2))
     finally:
-        POLICIES.pop("small_keys", None)
-        DESCRIPTIONS.pop("small_keys", None)
+        POLICIES.pop("text_looks", None)
+        DESCRIPTIONS.pop("text_looks", None)
+    assert kept[0].shape[2] == ids.shape[1] // 2
+    assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^lookm (\w+)", README, re.M)) | {"demo", "policies"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import loops
 import pytest
@@ -102,6 +103,35 @@ def test_a_rule_of_ones_own(device: torch.device, halved: str) -> None:
     compress_(key, value, scores, torch.ones(1, 3, dtype=torch.int32, device=device), 1, rule=halved)
     assert float(key[0, 0, 0]) == 2 + 4 / 2 + 8 / 2
     assert same_bits(key[:, :, :1], value[:, :, :1])
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_rule_of_the_wrong_shape(which: str) -> None:
+    def short(similarity: Tensor, pivot_count: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        return (similarity[..., :1], count) if which == "first" else (similarity, count[..., :1])
+
+    rules.RULES["short"] = short
+    try:
+        with pytest.raises(ValueError, match=rf"`rule` must be a function whose {which} result is \[1, 1, 3\]"):
+            merge_weights("short", torch.zeros(1, 1, 3), *torch.zeros(2, 1, 1, 3, dtype=torch.int32))
+    finally:
+        del rules.RULES["short"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "argument"),
+    [
+        ({"similarity": None}, TypeError, "similarity"),
+        ({"similarity": torch.zeros(1, 3)}, ValueError, "similarity"),
+        ({"pivot": torch.full((1, 1, 3), 9, dtype=torch.int32)}, ValueError, "pivot"),
+        ({"pivot": torch.zeros(1, 1, 2, dtype=torch.int32)}, ValueError, "pivot"),
+        ({"kept": torch.zeros(1, 2, 3, dtype=torch.int32)}, ValueError, "kept"),
+    ],
+)
+def test_wrong_arguments(bad: dict[str, Any], error: type[Exception], argument: str) -> None:
+    pivot, kept = torch.zeros(2, 1, 1, 3, dtype=torch.int32)
+    with pytest.raises(error, match=f"`{argument}` must be"):
+        merge_weights("average", **({"similarity": torch.zeros(1, 1, 3), "pivot": pivot, "kept": kept} | bad))
 
 
 @pytest.mark.parametrize(("names", "argument"), [(("mean", None), "rule"), (("average", "median"), "gate")])

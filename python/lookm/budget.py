@@ -19,8 +19,8 @@ class Budget:
     """One of: fraction of each row's prompt, tokens a row, bytes for the whole cache, or two fractions.
 
     With n valid tokens in a row: fraction f keeps max(1, floor(f n)); tokens keeps min(n, tokens); bytes are split
-    evenly
-    over the compressed layers and rows. `important` and `recent` are fractions, each rounded down, as the authors do.
+    evenly over the compressed layers and rows. `important` and `recent` are fractions, each rounded down, as the
+    authors do.
     """
 
     fraction: float | None = None
@@ -57,11 +57,15 @@ def _share(fraction: float, of: int) -> int:
     return math.floor(Fraction(repr(float(fraction))) * of)
 
 
-def parse_budget(budget: float | int | str, important: float | None = None, recent: float | None = None) -> Budget:
-    """The budget a user wrote. ValueError that says what is accepted for anything else."""
+def parse_budget(
+    budget: float | int | str | None, important: float | None = None, recent: float | None = None
+) -> Budget:
+    """The budget a user wrote, None beside two fractions. ValueError that says what is accepted for anything else."""
     if (important is None) != (recent is None):
         raise ValueError(f"`important` and `recent` go together, got important={important!r}, recent={recent!r}")
     if important is not None and recent is not None:
+        if budget is not None:
+            raise ValueError(f"`budget` must not be given beside `important` and `recent`, got {budget!r}")
         fractions = all(is_number(share) and share >= 0 for share in (important, recent))
         if not (fractions and 0 < important + recent <= 1):
             raise ValueError(

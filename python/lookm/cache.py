@@ -19,8 +19,10 @@ from lookm.observe import install
 from lookm.policy import Policy, is_count, resolve_policy
 from lookm.report import Report, layer_report
 
+DEFAULT_BUDGET = 0.2
 LATER_TURNS = ("dense", "segment")
-REFUSED = {"mllama": "its image tokens live in cross-attention layers, not in the self-attention cache"}
+CROSS_ATTENTION = "its image tokens live in cross-attention layers, not in the self-attention cache"
+REFUSED = {"mllama": CROSS_ATTENTION, "idefics": CROSS_ATTENTION}
 MORE_PROMPT = (
     "lookm: the first {first} tokens were compressed as the whole prompt, and {more} more follow. If they are the rest "
     "of it, declare that: LookMCache(..., prompt_length=TOKENS). If they are a later turn, say later_turns='dense' or "
@@ -36,8 +38,8 @@ class LookMCache(DynamicCache):
 
     Args:
         model: the transformers model that will be called (or a wrapper of it); the cache keeps no reference to it.
-        budget: what stays of the prompt: a fraction 0 < f <= 1.0 of each row, a number of tokens (int), or bytes for
-            the whole cache ("512MiB"). A prompt that fits is left as it is.
+        budget: what stays of the prompt: a fraction 0 < f <= 1.0 of each row (0.2 by default), a number of tokens
+            (int), or bytes for the whole cache ("512MiB"). A prompt that fits is left as it is.
         policy: a registered name (lookm.POLICIES; "lookm" by default) or a lookm.Policy.
         prompt_length: number of tokens of a prompt that comes in several forwards (chunked prefill), padding included.
         later_turns: what becomes of further prompts: "dense" (default) keeps them whole, "segment" compresses each
@@ -57,7 +59,7 @@ class LookMCache(DynamicCache):
     def __init__(
         self,
         model: nn.Module,
-        budget: float | int | str = 0.2,
+        budget: float | int | str | None = None,
         policy: str | Policy = "lookm",
         *,
         prompt_length: int | None = None,
@@ -68,25 +70,6 @@ class LookMCache(DynamicCache):
         **options: Any,
     ) -> None:
         super().__init__(config=check_config(outermost(model).config))
-        self.configure(
-            model, budget, policy, prompt_length=prompt_length, later_turns=later_turns, image_mask=image_mask,
-            important=important, recent=recent, **options,
-        )  # fmt: skip
-
-    def configure(
-        self,
-        model: nn.Module,
-        budget: float | int | str,
-        policy: str | Policy,
-        *,
-        prompt_length: int | None = None,
-        later_turns: str | None = None,
-        image_mask: Tensor | None = None,
-        important: float | None = None,
-        recent: float | None = None,
-        **options: Any,
-    ) -> None:
-        """Replace the full-attention layers of an empty DynamicCache; arguments as for LookMCache."""
         if later_turns is not None and later_turns not in LATER_TURNS:
             raise ValueError(f"`later_turns` must be one of {LATER_TURNS}, got {later_turns!r}")
         if prompt_length is not None and not (is_count(prompt_length) and prompt_length >= 1):
@@ -96,7 +79,12 @@ class LookMCache(DynamicCache):
             got = f"{image_mask.dtype} {list(image_mask.shape)}" if is_tensor else type(image_mask).__name__
             raise ValueError(f"`image_mask` must be a bool tensor [batch, tokens], got {got}")
         chosen = resolve_policy(policy, options)
-        budgeted = parse_budget(budget, important, recent)
+        default = DEFAULT_BUDGET if important is None and recent is None else None
+        budgeted = parse_budget(default if budget is None else budget, important, recent)
+        if recent is not None and "recent_share" in options:
+            raise ValueError("`recent_share` and `recent` both say how much stays recent: give one of them")
+        if budgeted.bytes is not None and later_turns == "segment":
+            raise ValueError(f"`budget` must be a fraction or tokens with later_turns='segment', got {budget!r}")
         if not chosen.evicts:
             budgeted = Budget(fraction=1.0)
         compressible = [type(layer) is DynamicLayer for layer in self.layers]
@@ -111,6 +99,7 @@ class LookMCache(DynamicCache):
         ]
         watch(model)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_forward(self, model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         """Called by the model's pre-hook before it reads: note the image tokens of this forward."""
         tokens = arguments.get("input_ids")

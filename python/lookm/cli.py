@@ -27,7 +27,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError, OSError) as error:
-        typer.echo(f"error: {str(error).strip().splitlines()[0]}", err=True)
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        typer.echo(f"error: {first_line}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -81,16 +82,18 @@ def generate(
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
 ) -> None:
     """Answer a prompt about images with any supported checkpoint, on a compressed cache."""
-    from lookm.generate import answer, load_model, open_images
+    from lookm.generate import answer, build_inputs, load_model, load_processor, open_images
 
     with one_line_errors():
         resolve_policy(policy, {})
         chosen = read_budget(budget)
         pictures = open_images(image or [])
+        processor = load_processor(model)
+        inputs = build_inputs(processor, pictures, prompt)
         loaded = load_model(model)
         runs = {"lookm": (chosen, policy)} | ({"full cache": (1.0, "full")} if compare else {})
         for name, (share, rule) in runs.items():
-            result = answer(*loaded, pictures, prompt, share, rule, max_new_tokens)
+            result = answer(loaded, processor, inputs, share, rule, max_new_tokens)
             typer.echo(f"{name} ({result.seconds:.1f} s): {result.text}" if compare else result.text)
             typer.echo(str(result.report), err=True)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from lookm.cache import LookMCache, check_config, watch
+from lookm.cache import LookMCache
 from lookm.modality import forward_arguments, outermost
-from lookm.policy import Policy
 
 
-def enable(model: nn.Module, budget: float | int | str = 0.2, policy: str | Policy = "lookm", **options: Any) -> None:
+def enable(model: nn.Module, *settings: Any, **options: Any) -> None:
     """From now on `model.generate(**inputs)` runs on a LookMCache; arguments as for LookMCache.
 
     The fresh DynamicCache that generate makes becomes a LookMCache before the model first reads it. A cache that holds
@@ -22,28 +22,29 @@ def enable(model: nn.Module, budget: float | int | str = 0.2, policy: str | Poli
     Raises what LookMCache raises, and later, from generate, NotImplementedError for a cache of another kind (static,
     quantized, offloaded).
     """
-    LookMCache(model, budget, policy, **options)
+    LookMCache(model, *settings, **options)
     module = outermost(model)
     disable(model)
+    hook = functools.partial(_convert, settings, options)
+    # before the hook of LookMCache, which then finds one
+    module._lookm_enabled = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
-    def convert(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = forward_arguments(module, args, kwargs).get("past_key_values")
-        if not isinstance(cache, Cache) or isinstance(cache, LookMCache) or cache.get_seq_length() > 0:
-            return
-        if type(cache) is not DynamicCache or cache.offloading:
-            raise NotImplementedError(
-                f"lookm: enabled for this model, but generate was told to use a {type(cache).__name__}"
-                f"{' with offloading' if getattr(cache, 'offloading', False) else ''}; only the default DynamicCache "
-                "can be compressed. Remove cache_implementation from the call, or call lookm.disable(model)."
-            )
-        if not cache.layers:
-            cache.__init__(config=check_config(module.config))
-        cache.__class__ = LookMCache
-        cache.configure(module, budget, policy, **options)
 
-    watch(model)
-    # before the hook of `watch`, which then finds a LookMCache
-    module._lookm_enabled = module.register_forward_pre_hook(convert, with_kwargs=True, prepend=True)
+def _convert(
+    settings: tuple[Any, ...], options: dict[str, Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    cache = forward_arguments(module, args, kwargs).get("past_key_values")
+    if not isinstance(cache, Cache) or isinstance(cache, LookMCache) or cache.get_seq_length() > 0:
+        return
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise NotImplementedError(
+            f"lookm: enabled for this model, but generate was told to use a {type(cache).__name__}"
+            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}; only the default DynamicCache "
+            "can be compressed. Remove cache_implementation from the call, or call lookm.disable(model)."
+        )
+    # in place: generate, or its caller, keeps this very object for the next forward
+    cache.__class__ = LookMCache
+    cache.__dict__.update(LookMCache(module, *settings, **options).__dict__)
 
 
 def disable(model: nn.Module) -> None:

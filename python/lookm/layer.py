@@ -54,7 +54,7 @@ class LookMLayer(DynamicLayer):
     values: Any
     image: Any
     scores: Any
-    is_croppable = False
+    is_croppable = False  # not as a whole: see crop
     _row_tensors = ("keys", "values", "valid", "kept", "image", "scores", "padding")
 
     def __init__(self, settings: Settings, forward: Forward) -> None:
@@ -90,10 +90,12 @@ class LookMLayer(DynamicLayer):
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.15
 
+    # torch.compile cannot trace an int that carries a layer
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(stored + q, offset): stored tokens stand right before the query, whatever their original position."""
         if self.pending:
-            raise RuntimeError(NOT_INTERCEPTED)
+            raise NotImplementedError(NOT_INTERCEPTED)
         return self.stored + query_length, offset_of(self, self.seen - self.stored)
 
     def rewrite_mask(self, mask: Tensor | None, batch: int, queries: int, plain: bool) -> Tensor | None:
@@ -116,7 +118,7 @@ class LookMLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values [B, H, q, D]; while a prompt is read, the keys returned carry this layer."""
         if self.pending:
-            raise RuntimeError(NOT_INTERCEPTED)
+            raise NotImplementedError(NOT_INTERCEPTED)
         new = key_states.shape[-2]
         reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
         self._note_padding(self.forward.valid_at(self.seen, new), key_states)
@@ -243,8 +245,7 @@ class LookMLayer(DynamicLayer):
 
     def _evict(self, prompt: Prompt) -> Tensor:
         policy, start, size = self.settings.policy, self.segment_start, max(prompt.keep)
-        # the model's own tensors are compacted in place, unless they share memory between tokens or with each other
-        keys, values = (_writable(tensor[:, :, start:]) for tensor in (self.keys.detach(), self.values.detach()))
+        keys, values = _writable(self.keys[:, :, start:]), _writable(self.values[:, :, start:])
         values = values.clone() if values.data_ptr() == keys.data_ptr() else values
         scores = policy.finish(self.scores, prompt)
         tiers = prompt.tiers(policy.text_prior)
@@ -328,5 +329,8 @@ class LookMLayer(DynamicLayer):
 
 
 def _writable(rows: Tensor) -> Tensor:
+    """The model's own tensor, to be compacted in place, or a copy where it shares memory or a gradient needs it."""
     expanded = any(stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
+    if rows.requires_grad:
+        return rows.detach().clone()
     return rows.contiguous() if expanded or rows.stride(-1) != 1 else rows

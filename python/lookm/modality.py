@@ -16,6 +16,12 @@ MERGED = (
 )
 
 
+UNNAMED = (
+    "lookm: this forward brings images ({!r}), but the model's configuration names no image token; say which tokens "
+    "are images with LookMCache(..., image_mask=bool [batch, prompt tokens])"
+)
+
+
 def outermost(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, also inside a wrapper (PEFT, torch.compile). TypeError where there is none."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
@@ -26,7 +32,8 @@ def outermost(model: nn.Module) -> PreTrainedModel:
 
 def image_token_ids(config: Any) -> list[int]:
     """Placeholder ids of image and video tokens that the configuration names; none for a text-only model."""
-    ids = {getattr(config, field, None) for field in TOKEN_ID_FIELDS}
+    places = (config, getattr(config, "vision_config", None))
+    ids = {getattr(place, field, None) for place in places for field in TOKEN_ID_FIELDS}
     return sorted(token for token in ids if isinstance(token, int))
 
 
@@ -41,7 +48,8 @@ def find_image_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> Tens
     """[B, q] bool of a forward's arguments, None where the model knows no image tokens.
 
     From input_ids and the configuration's placeholder ids; else from mm_token_type_ids (1 image, 2 video); else from
-    the placeholder's rows of the embedding table. ValueError where inputs_embeds hold no placeholder.
+    the placeholder's rows of the embedding table. ValueError where the forward brings images, or embeddings alone, and
+    nothing tells which tokens they are.
     """
     ids = image_token_ids(model.config)
     tokens: Tensor | None = arguments.get("input_ids")
@@ -51,7 +59,10 @@ def find_image_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> Tens
     types: Tensor | None = arguments.get("mm_token_type_ids")
     if types is not None and types.shape[-1] == embeddings.shape[1]:
         return (types == 1) | (types == 2)
-    if tokens is not None or not ids:
+    pictures = [name for name, value in arguments.items() if "pixel_values" in name and value is not None]
+    if tokens is not None and pictures:
+        raise ValueError(UNNAMED.format(pictures[0]))
+    if tokens is not None:
         return None
     table = model.get_input_embeddings().weight
     rows = table[[token for token in ids if token < table.shape[0]]].to(embeddings)

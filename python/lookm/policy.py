@@ -176,8 +176,7 @@ PolicyType = TypeVar("PolicyType", bound=type[Policy])
 
 
 def register_policy(name: str, **defaults: Any) -> Callable[[PolicyType], PolicyType]:
-    """Class decorator: put the policy, with these field values, into the registry. The docstring's first line describes
-    it.
+    """Class decorator: register the policy with these field values, described by its docstring's first line.
 
     ValueError when the name is taken.
     """

@@ -22,26 +22,30 @@ from lookm.demo.compare import Cell, compare, write_cells
 from lookm.demo.dialogue import converse, exact_matches, script
 from lookm.demo.picture import draw_kept
 from lookm.demo.task import LAYOUTS, Layout, draw_prompts, held_out_scans
-from lookm.policy import ALIASES
+from lookm.policy import ALIASES, POLICIES, resolve_policy
 from lookm.report import format_bytes
 
 BUDGETS = (0.5, 0.2, 0.1)
-POLICIES = ("streaming", "snapkv", "h2o", "pivot_merge", "text_prior_h2o", "text_prior_avg_merge", "lookm")
 FRAMES = 3
 
 
 def run(budget: float | int | str, images: int, policy: str, layout: str, out: Path, seed: int | None) -> None:
-    """The whole demo; writes kept.png and table.json into `out`. ValueError for an unknown layout."""
+    """The whole demo; writes kept.png and table.json into `out`. ValueError for an unknown layout or policy `full`."""
     if layout not in LAYOUTS:
         raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if not resolve_policy(policy, {}).evicts:
+        raise ValueError(f"`policy` must evict something to be compared with the full cache, got {policy!r}")
     out.mkdir(parents=True, exist_ok=True)
     seed = secrets.randbelow(10**6) if seed is None else seed
     console = Console()
     logging.disable_progress_bar()
+    # with tensors this small a second thread costs more than it brings
+    torch.set_num_threads(1)
     model, processor = load()
     show_dialogue(console, model, processor, budget, images, policy, layout, out / "kept.png", seed)
-    budgets = sorted({*BUDGETS, budget}, key=str, reverse=True)
-    policies = [*POLICIES, *([] if policy in POLICIES or ALIASES.get(policy) in POLICIES else [policy])]
+    budgets = list(dict.fromkeys([*BUDGETS, budget]))
+    short = {name: alias for alias, name in ALIASES.items()}
+    policies = [short.get(name, name) for name, each in POLICIES.items() if each.evicts]
     cells = track(
         compare(model, held_out_scans(), policies, budgets, images=images, frames=FRAMES, seed=seed),
         description="comparing policies",
