@@ -1,7 +1,7 @@
-"""Write the README's tables from the result files: python benchmarks/readme.py
+"""Write the tables of the READMEs from the result files: python benchmarks/readme.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
-docs/kept.png) and from `make bench`.
+docs/kept.png), from `make bench` and from benchmarks/quality/train.py.
 """
 
 from __future__ import annotations
@@ -105,20 +105,35 @@ def cost() -> str:
     return text + "\n\n" + markdown(["", "time", "peak memory beyond the inputs"], rows)
 
 
-SECTIONS = {"demo": demo, "families": families, "policies": policies, "cost": cost}
+def training() -> str:
+    """Held-out accuracy of the demo model, by seed."""
+    columns = ["layout", "frames", "tokens", "answers", "answer", "first", "later", "colour", "digit", "note"]
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "quality" / "results").glob("train-seed*.json")):
+        record = json.loads(path.read_text())
+        for row in record["held_out"]:
+            rows.append([str(cell) for cell in (record["seed"], record["minutes"], *(row[name] for name in columns))])
+    return markdown(["seed", "minutes", *columns], rows)
 
 
-def render(readme: str) -> str:
-    """The README with every generated section written anew."""
-    for name, section in SECTIONS.items():
+SECTIONS = {
+    "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
+    "benchmarks/quality/README.md": {"training": training},
+}
+
+
+def render(file: str, text: str) -> str:
+    """The text of a README with every generated section written anew."""
+    for name, section in SECTIONS[file].items():
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text = section()
-        readme, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S)
+        table = section()
+        text, count = re.subn(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.S)
         if count != 1:
-            raise SystemExit(f"README.md must have one section {name!r}, it has {count}")
-    return readme
+            raise SystemExit(f"{file} must have one section {name!r}, it has {count}")
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    for file in SECTIONS:
+        path = ROOT / file
+        path.write_text(render(file, path.read_text()))
