@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,20 +57,16 @@ def _check(
     check_rule(rule, gate)
 
 
-def _run(
-    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
-) -> Tensor:
-    _check(key, value, scores, tier, keep, rule, gate)
+def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, *settings: Any) -> Tensor:
+    _check(key, value, scores, tier, *settings)
     check_apart(key, value)
     check_tier_values(tier)
     run = implementation("compress_", "compress")
-    return run(key, value, scores, tier, keep, rule, gate)  # type: ignore[no-any-return]
+    return run(key, value, scores, tier, *settings)  # type: ignore[no-any-return]
 
 
-def _fake(
-    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
-) -> Tensor:
-    _check(key, value, scores, tier, keep, rule, gate)
+def _fake(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], *rule: Any) -> Tensor:
+    _check(key, value, scores, tier, keep, *rule)
     return scores.new_empty((*scores.shape[:2], max(keep)), dtype=torch.int32)
 
 

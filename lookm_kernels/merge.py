@@ -90,22 +90,14 @@ def _check(
     check_device("key", key, evicted_weight=evicted_weight, kept_weight=kept_weight)
 
 
-def _run(
-    key: Tensor,
-    value: Tensor,
-    kept: Tensor,
-    evicted: Tensor,
-    pivot: Tensor,
-    evicted_weight: Tensor,
-    kept_weight: Tensor,
-) -> None:
-    _check(key, value, kept, evicted, pivot, evicted_weight, kept_weight)
+def _run(key: Tensor, value: Tensor, kept: Tensor, evicted: Tensor, pivot: Tensor, *weights: Tensor) -> None:
+    _check(key, value, kept, evicted, pivot, *weights)
     check_apart(key, value)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
     check_indices("evicted", evicted, key.shape[2])
     check_indices("pivot", pivot, kept.shape[2])
-    implementation("merge_", "merge")(key, value, kept, evicted, pivot, evicted_weight, kept_weight)
+    implementation("merge_", "merge")(key, value, kept, evicted, pivot, *weights)
 
 
 register(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,18 +121,8 @@ def _run(
     return run(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)  # type: ignore[no-any-return]
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    scale: float | None,
-    causal: bool,
-    lse: Tensor | None,
-    query_weight: Tensor | None,
-    key_start: Tensor | None,
-    mask: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
-    _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)
+def _fake(query: Tensor, key: Tensor, *options: Any) -> Tensor:
+    _check(query, key, *options)
     return query.new_empty(key.shape[:3], dtype=accumulation_dtype(query.dtype))
 
 
