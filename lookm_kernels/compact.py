@@ -41,7 +41,7 @@ def _run(key: Tensor, value: Tensor, kept: Tensor) -> None:
     check_apart(key, value)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
-    implementation("compact_", "compact")(key, value, kept)
+    implementation("compact_", "compact", key)(key, value, kept)
 
 
 register("compact_(Tensor(a!) key, Tensor(b!) value, Tensor kept) -> ()", _run, _check)

@@ -61,7 +61,7 @@ def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, *settings: An
     _check(key, value, scores, tier, *settings)
     check_apart(key, value)
     check_tier_values(tier)
-    run = implementation("compress_", "compress")
+    run = implementation("compress_", "compress", key, scores)
     return run(key, value, scores, tier, *settings)  # type: ignore[no-any-return]
 
 

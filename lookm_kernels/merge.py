@@ -97,7 +97,7 @@ def _run(key: Tensor, value: Tensor, kept: Tensor, evicted: Tensor, pivot: Tenso
     check_ascending("kept", kept)
     check_indices("evicted", evicted, key.shape[2])
     check_indices("pivot", pivot, kept.shape[2])
-    implementation("merge_", "merge")(key, value, kept, evicted, pivot, *weights)
+    implementation("merge_", "merge", key)(key, value, kept, evicted, pivot, *weights)
 
 
 register(

@@ -61,7 +61,7 @@ def _run(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
     _check(key, kept, evicted)
     check_indices("kept", kept, key.shape[2])
     check_indices("evicted", evicted, key.shape[2])
-    return implementation("nearest_kept", "nearest")(key, kept, evicted)  # type: ignore[no-any-return]
+    return implementation("nearest_kept", "nearest", key)(key, kept, evicted)  # type: ignore[no-any-return]
 
 
 def _fake(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:

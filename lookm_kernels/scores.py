@@ -117,7 +117,7 @@ def _run(
         inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
         require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    run = implementation("attention_scores", "scores")
+    run = implementation("attention_scores", "scores", query)
     return run(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)  # type: ignore[no-any-return]
 
 

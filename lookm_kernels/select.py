@@ -63,7 +63,7 @@ def check_tier_values(tier: Tensor) -> None:
 def _run(scores: Tensor, tier: Tensor, keep: list[int]) -> tuple[Tensor, Tensor]:
     check_selection(scores, tier, keep)
     check_tier_values(tier)
-    run = implementation("select_tokens", "select")
+    run = implementation("select_tokens", "select", scores)
     return run(scores, tier, keep)  # type: ignore[no-any-return]
 
 

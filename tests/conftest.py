@@ -7,19 +7,33 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from inputs import INTERPRETED
+
+from lookm_kernels._dispatch import use_backend, why_missing
 
 settings.register_profile("lookm", deadline=None, max_examples=150, print_blob=True)
-settings.load_profile("lookm")
+# the interpreter takes milliseconds for every program of a kernel
+settings.register_profile("interpreted", deadline=None, max_examples=15, derandomize=True)
+settings.load_profile("interpreted" if INTERPRETED else "lookm")
 # small tensors: more threads mostly wait for each other, for seconds where the machine is busy
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device the ops run on."""
+DEVICES = ["triton"] if INTERPRETED else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device the ops run on; under TRITON_INTERPRET=1 the CPU, on which the Triton kernels then run instead."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm GPU")
-    return torch.device(request.param)
+    if request.param == "triton":
+        if why_missing("triton"):
+            pytest.skip(f"backend triton: {why_missing('triton')}")
+        with use_backend("triton"):
+            yield torch.device("cpu")
+    else:
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +14,13 @@ import lookm_kernels
 
 OPS = ("attention_scores", "select_tokens", "nearest_kept", "merge_", "compact_", "compress_")
 LAYOUTS = ("contiguous", "heads_last", "window")
-LOW_PRECISION = (torch.float16, torch.bfloat16)
+# whether the kernels of this process run in Triton's interpreter, and `device` stands for them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PLACE_MATTERS = "numpy, which the interpreter multiplies with, rounds a product by its place; a GPU does not"
+# float64 is the reference's alone
+EXACT = (torch.float32,) if INTERPRETED else (torch.float32, torch.float64)
+_no_bfloat16 = pytest.mark.skipif(INTERPRETED, reason="wrong in Triton's interpreter: products of it, rounding to it")
+LOW_PRECISION = (torch.float16, pytest.param(torch.bfloat16, marks=_no_bfloat16))
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

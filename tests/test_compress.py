@@ -9,7 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import LAYOUTS, LOW_PRECISION, laid_out, memory, moved, only_written, random, same_bits, tiers
+from inputs import (
+    EXACT,
+    INTERPRETED,
+    LAYOUTS,
+    LOW_PRECISION,
+    laid_out,
+    memory,
+    moved,
+    only_written,
+    random,
+    same_bits,
+    tiers,
+)
 from torch import Tensor
 
 from lookm_kernels import compact_, compress_, merge_, merge_weights, nearest_kept, rules, select_tokens
@@ -32,10 +44,14 @@ def step_by_step(
 
 @st.composite
 def layers(draw: st.DrawFn) -> dict[str, Any]:
-    """One layer with tied scores, padding, per-row budgets and any layout, on the CPU."""
-    batch, heads, tokens, width, value_width = (draw(st.integers(1, top)) for top in (2, 3, 30, 16, 9))
+    """One layer with tied scores, padding, per-row budgets and any layout, on the CPU.
+
+    Keys have two numbers at least: all cosines of keys of one are 1 or -1, and rounding decides.
+    """
+    batch, heads, tokens, value_width = (draw(st.integers(1, top)) for top in (2, 3, 30, 9))
+    width = draw(st.integers(2, 16))
     seed, layout = draw(st.integers(0, 2**31)), st.sampled_from(LAYOUTS)
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    dtype = draw(st.sampled_from(EXACT))
     return {
         "key": laid_out(random(seed, batch, heads, tokens, width, dtype=dtype), draw(layout)),
         "value": laid_out(random(seed + 1, batch, heads, tokens, value_width, dtype=dtype), draw(layout)),
@@ -66,9 +82,10 @@ def test_is_the_five_steps(device: torch.device, layer: dict[str, Any], variant:
 
 @given(layer=layers(), variant=st.sampled_from(VARIANTS))
 def test_equals_loops(device: torch.device, layer: dict[str, Any], variant: tuple[str, str | None]) -> None:
-    """In float64, where no two different cosines of random keys are so close that rounding decides."""
+    """In float64 where there is: there no two different cosines of random keys are so close that rounding decides."""
     rule, gate = variant
-    layer = {**layer, "key": layer["key"].double(), "value": layer["value"].double()}
+    exact, tolerance = EXACT[-1], 1e-11 if EXACT[-1] == torch.float64 else 1e-5
+    layer = {**layer, "key": layer["key"].to(exact), "value": layer["value"].to(exact)}
     ours = on(device, {**layer, "key": layer["key"].clone(), "value": layer["value"].clone()})
     kept = compress_(**ours, rule=rule, gate=gate).cpu()
     heads = range(kept.shape[1])
@@ -85,7 +102,8 @@ def test_equals_loops(device: torch.device, layer: dict[str, Any], variant: tupl
             assert not result[:, :empty].any()
             for h in heads:
                 goal = loops.merge(x[h], *chosen[h], *pivots[h], rule, gated)
-                torch.testing.assert_close(result[h, empty : kept.shape[-1]], goal, rtol=1e-11, atol=1e-11)
+                own = result[h, empty : kept.shape[-1]].double()
+                torch.testing.assert_close(own, goal, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("rule", "gate"), VARIANTS)
@@ -102,7 +120,7 @@ def test_everything_kept_changes_no_bit(device: torch.device, dtype: torch.dtype
 
 @pytest.mark.parametrize(("rule", "gate"), VARIANTS)
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-@pytest.mark.parametrize("tokens", [1, 17, 255, 507])
+@pytest.mark.parametrize("tokens", [1, 17, 255] if INTERPRETED else [1, 17, 255, 507])
 def test_low_precision_rounds_once(
     device: torch.device, tokens: int, dtype: torch.dtype, rule: str, gate: str | None
 ) -> None:

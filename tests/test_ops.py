@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import OPS, arguments, call, copied, public, random, same_bits, tensors_of, tiers
+from inputs import (
+    INTERPRETED,
+    LOW_PRECISION,
+    OPS,
+    PLACE_MATTERS,
+    arguments,
+    call,
+    copied,
+    public,
+    random,
+    same_bits,
+    tensors_of,
+    tiers,
+)
 from torch import Tensor
 
 from lookm_kernels import attention_scores, compress_, nearest_kept, rules, select_tokens
@@ -79,7 +92,9 @@ def test_compiles_within_a_model(device: torch.device) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_a_row_is_the_same_alone(device: torch.device, op: str) -> None:
     """Bit for bit, with other budgets and other padding in the batch."""
-    for seed in range(20):
+    if INTERPRETED and op == "compress_":
+        pytest.skip(PLACE_MATTERS)
+    for seed in range(4 if INTERPRETED else 20):
         given = arguments(op, device, batch=3, seed=seed)
         together = call(op, given)
         for row in range(3):
@@ -91,6 +106,8 @@ def test_a_row_is_the_same_alone(device: torch.device, op: str) -> None:
 @pytest.mark.parametrize("tokens", [17, 255, 507])
 def test_a_layer_is_the_same_alone(device: torch.device, tokens: int, rule: str, gate: str | None) -> None:
     """Scores and compression of three prompts, left-padded in a batch, and each without padding on its own."""
+    if INTERPRETED and rule == "weighted":
+        pytest.skip(PLACE_MATTERS)
     lengths, width = (tokens, tokens // 2, tokens // 3), 32
     starts = torch.tensor([tokens - length for length in lengths], dtype=torch.int32, device=device)
     query, key, value = (random(seed, 3, heads, tokens, width, device=device) for seed, heads in enumerate((4, 2, 2)))
@@ -117,8 +134,9 @@ def test_the_same_bits_twice(device: torch.device, op: str) -> None:
         assert same_bits(first, second)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
 @pytest.mark.usefixtures("as_in_production")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [LOW_PRECISION[1], torch.float32])
 def test_a_large_layer_gives_the_same_bits_twice(device: torch.device, dtype: torch.dtype) -> None:
     """Several blocks, several threads, and one hub that most tokens merge into."""
     query = random(0, 1, 32, 700, 32, dtype=dtype, device=device)
@@ -152,6 +170,7 @@ def test_no_gradient_is_refused_under_no_grad(device: torch.device) -> None:
         assert same_bits(attention_scores(**given | {"query": given["query"].requires_grad_()}), goal)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="float64 is the reference's alone")
 def test_float64_runs_in_float64(device: torch.device) -> None:
     query, key = (random(seed, 1, 2, 9, 4, dtype=torch.float64, device=device) for seed in (0, 1))
     scores = attention_scores(query, key)

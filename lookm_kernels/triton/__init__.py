@@ -1,0 +1,1 @@
+"""Triton kernels: the backend of NVIDIA and AMD GPUs. Launchers take checked arguments and hold no logic."""

@@ -1,0 +1,147 @@
+"""Merging: evicted tokens sorted by pivot, fixed tiles of that order summed, then one program a pivot.
+
+A tile that lies inside one pivot's run is summed ahead, so a pivot that attracts everything adds tiles, not tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lookm_kernels.triton._configs import block_and_row, padded_width
+
+TILE = 64
+BLOCK_E = 16
+WARPS = 4
+
+
+@triton.jit
+def _weighted_sum(
+    x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, begin, end, D, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Sum of weight x over the tokens at places begin to end - 1 of the sorted order: [BLOCK_D] float32."""
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(begin, end, BLOCK_E):
+        place = first + tl.arange(0, BLOCK_E)
+        e = tl.load(order_ptr + place, mask=place < end, other=0)
+        token = tl.load(evicted_ptr + e, mask=place < end, other=0).to(tl.int64)
+        weight = tl.load(weight_ptr + e, mask=place < end, other=0.0)
+        mask = (place < end)[:, None] & (d < D)[None, :]
+        x = tl.load(x_ptr + token[:, None] * stride_n + d[None, :], mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32) * weight[:, None], 0)
+    return total
+
+
+@triton.jit
+def _tile_kernel(
+    key_ptr, value_ptr, sorted_ptr, order_ptr, evicted_ptr, weight_ptr, tiles_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, HEADS, KEPT, EVICTED, TILES, DK, DV,
+    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, pid = block_and_row(TILES)
+    begin = tile * TILE
+    end = begin + TILE
+    if end > EVICTED:
+        return
+    sorted_ptr += pid * EVICTED
+    pivot = tl.load(sorted_ptr + begin)
+    if (pivot == KEPT) | (pivot != tl.load(sorted_ptr + end - 1)):
+        return
+    order_ptr += pid * EVICTED
+    evicted_ptr += pid * EVICTED
+    weight_ptr += pid * EVICTED
+    key_ptr += pid // HEADS * stride_kb + pid % HEADS * stride_kh
+    value_ptr += pid // HEADS * stride_vb + pid % HEADS * stride_vh
+    tiles_ptr += (pid * TILES + tile) * (DK + DV)
+    key = _weighted_sum(key_ptr, stride_kn, order_ptr, evicted_ptr, weight_ptr, begin, end, DK, BLOCK_E, BLOCK_DK)
+    value = _weighted_sum(value_ptr, stride_vn, order_ptr, evicted_ptr, weight_ptr, begin, end, DV, BLOCK_E, BLOCK_DV)
+    dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    tl.store(tiles_ptr + dk, key, mask=dk < DK)
+    tl.store(tiles_ptr + DK + dv, value, mask=dv < DV)
+
+
+@triton.jit
+def _merge_row(
+    x_ptr, stride_n, tiles_ptr, stride_tile, order_ptr, evicted_ptr, weight_ptr, token, own_weight, begin, end, D,
+    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    first_tile, last_tile = tl.cdiv(begin, TILE), end // TILE
+    x_own = x_ptr + token * stride_n + d
+    total = own_weight * tl.load(x_own, mask=d < D, other=0.0).to(tl.float32)
+    # tokens before the first whole tile, the whole tiles, the tokens after the last
+    head_end = tl.minimum(end, first_tile * TILE)
+    total += _weighted_sum(x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, begin, head_end, D, BLOCK_E, BLOCK_D)
+    for first in range(first_tile, last_tile, BLOCK_E):
+        tile = first + tl.arange(0, BLOCK_E)
+        place = tile[:, None].to(tl.int64) * stride_tile + d[None, :]
+        total += tl.sum(tl.load(tiles_ptr + place, mask=(tile < last_tile)[:, None] & (d < D)[None, :], other=0.0), 0)
+    tail = tl.maximum(head_end, last_tile * TILE)
+    total += _weighted_sum(x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, tail, end, D, BLOCK_E, BLOCK_D)
+    tl.store(x_own, total.to(x_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _merge_kernel(
+    key_ptr, value_ptr, kept_ptr, starts_ptr, order_ptr, evicted_ptr, weight_ptr, kept_weight_ptr, tiles_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, HEADS, KEPT, EVICTED, TILES, DK, DV,
+    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    c, pid = block_and_row(KEPT)
+    token = tl.load(kept_ptr + pid * KEPT + c).to(tl.int64)
+    begin = tl.load(starts_ptr + pid * (KEPT + 1) + c)
+    end = tl.load(starts_ptr + pid * (KEPT + 1) + c + 1)
+    own_weight = tl.load(kept_weight_ptr + pid * KEPT + c)
+    # an empty place, or nothing to change: what is not rewritten keeps its bits
+    if (token < 0) | ((begin == end) & (own_weight == 1)):
+        return
+    order_ptr += pid * EVICTED
+    evicted_ptr += pid * EVICTED
+    weight_ptr += pid * EVICTED
+    tiles_ptr += pid * TILES * (DK + DV)
+    _merge_row(
+        key_ptr + pid // HEADS * stride_kb + pid % HEADS * stride_kh, stride_kn, tiles_ptr, DK + DV, order_ptr,
+        evicted_ptr, weight_ptr, token, own_weight, begin, end, DK, TILE, BLOCK_E, BLOCK_DK,
+    )  # fmt: skip
+    _merge_row(
+        value_ptr + pid // HEADS * stride_vb + pid % HEADS * stride_vh, stride_vn, tiles_ptr + DK, DK + DV, order_ptr,
+        evicted_ptr, weight_ptr, token, own_weight, begin, end, DV, TILE, BLOCK_E, BLOCK_DV,
+    )  # fmt: skip
+
+
+def merge_(
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    evicted: Tensor,
+    pivot: Tensor,
+    evicted_weight: Tensor,
+    kept_weight: Tensor,
+) -> None:
+    """See lookm_kernels.merge_."""
+    batch, heads, kept_size = kept.shape
+    evicted_size = evicted.shape[2]
+    if kept_size == 0:
+        return
+    merges = (evicted >= 0) & (pivot >= 0) & (evicted_weight != 0)
+    ordered, order = torch.where(merges, pivot, kept_size).sort(dim=-1, stable=True)
+    places = torch.arange(kept_size + 1, dtype=torch.int32, device=key.device).expand(batch, heads, -1).contiguous()
+    starts = torch.searchsorted(ordered, places, out_int32=True)
+    order = order.int()
+    tiles = max(1, evicted_size // TILE)
+    widths = (key.shape[3], value.shape[3])
+    sums = key.new_empty((batch, heads, tiles, sum(widths)), dtype=torch.float32)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    blocks = {"BLOCK_DK": padded_width(widths[0]), "BLOCK_DV": padded_width(widths[1])}
+    lists = (order, evicted.contiguous(), evicted_weight.contiguous())
+    _tile_kernel[(tiles * batch * heads,)](
+        key, value, ordered, *lists, sums, *strides, heads, kept_size, evicted_size, tiles, *widths,
+        TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS,
+    )  # fmt: skip
+    _merge_kernel[(kept_size * batch * heads,)](
+        key, value, kept.contiguous(), starts, *lists, kept_weight.contiguous(), sums, *strides, heads, kept_size,
+        evicted_size, tiles, *widths, TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Which backend runs an op, and how a backend that cannot refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inputs import OPS, arguments, public, random
+from torch import Tensor
+
+from lookm_kernels import attention_scores, nearest_kept
+from lookm_kernels._dispatch import BACKENDS, implementation, use_backend, why_missing
+
+
+def module_of(tensor: Tensor) -> str:
+    return implementation("nearest_kept", "nearest", tensor).__module__
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_can_be_forced_or_says_why_not(backend: str) -> None:
+    reason = why_missing(backend)
+    if reason is None:
+        with use_backend(backend):
+            assert module_of(random(0, 1, 1, 2, 4)) == f"lookm_kernels.{backend}.nearest"
+    else:
+        with pytest.raises(RuntimeError, match=f"backend {backend} is missing: {reason}"), use_backend(backend):
+            pass
+    assert module_of(random(0, 1, 1, 2, 4)) == "lookm_kernels.reference.nearest"
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="`backend` must be one of cuda, triton, reference, got 'vulkan'"):
+        use_backend("vulkan").__enter__()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+def test_a_gpu_runs_triton_where_it_can() -> None:
+    tensor = random(0, 1, 1, 2, 4, device="cuda")
+    assert module_of(tensor) == "lookm_kernels.triton.nearest"
+    assert module_of(tensor.double()) == "lookm_kernels.reference.nearest"
+    assert module_of(random(0, 1, 1, 2, 513, device="cuda")) == "lookm_kernels.reference.nearest"
+
+
+@pytest.mark.skipif(why_missing("triton") is not None, reason=f"backend triton: {why_missing('triton')}")
+@pytest.mark.parametrize("op", OPS)
+def test_triton_refuses_float64(op: str) -> None:
+    given = arguments(op)
+    doubled = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
+    with use_backend("triton"), pytest.raises(ValueError, match="backend triton: float64"):
+        public(op)(**doubled)
+
+
+@pytest.mark.skipif(why_missing("triton") is not None, reason=f"backend triton: {why_missing('triton')}")
+def test_triton_refuses_wider_heads_than_it_has_configurations_for() -> None:
+    key = random(0, 1, 1, 4, 513)
+    with use_backend("triton"), pytest.raises(ValueError, match="a head dimension of 513 is above 512"):
+        attention_scores(key, key)
+    lists = torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([[[2, 3]]], dtype=torch.int32)
+    with use_backend("triton"), pytest.raises(ValueError, match="a head dimension of 513 is above 512"):
+        nearest_kept(key, *lists)
