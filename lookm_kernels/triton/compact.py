@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lookm_kernels.triton._configs import block_and_row
 
-BLOCK_K = 64
+BLOCK_K = 128
 SLAB_BYTES = 64
-WARPS = 4
-# no load may be moved before an earlier store
+# of one warp the loads are done before the stores; on AMD a barrier between warps waits for no load from memory
+WARPS = 1
+# no load may move before an earlier store
 STAGES = 1
 
 
@@ -29,7 +30,6 @@ def _move(x_ptr, kept_ptr, begin, low, high, stride_n, d, D, BLOCK_K: tl.constex
     rows = tl.load(x_ptr + token[:, None] * stride_n + d[None, :], mask=mask & (token >= 0)[:, None], other=0.0)
     tl.debug_barrier()
     tl.store(x_ptr + c[:, None].to(tl.int64) * stride_n + d[None, :], rows, mask=mask)
-    tl.debug_barrier()
 
 
 @triton.jit

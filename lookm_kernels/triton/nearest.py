@@ -11,10 +11,11 @@ from lookm_kernels.triton._configs import Config, block_and_row, padded_width, r
 
 # by bytes of a padded row: evicted and kept tokens of a tile
 CONFIGS = {
-    128: Config(128, 64, 4, 3),
+    128: Config(128, 64, 8, 3),
     256: Config(128, 64, 8, 3),
     512: Config(64, 32, 4, 2),
     1024: Config(32, 32, 4, 2),
+    2048: Config(16, 16, 4, 1),
 }
 NORM_ROWS = 64
 
@@ -46,16 +47,16 @@ def _nearest_kernel(
     d = tl.arange(0, BLOCK_D)
     evicted = tl.load(evicted_ptr + pid * EVICTED + e, mask=e < EVICTED, other=-1)
     listed = evicted >= 0
-    place = evicted[:, None].to(tl.int64) * stride_kn + d[None, :]
-    left = tl.load(key_ptr + place, mask=listed[:, None] & (d < D)[None, :], other=0.0)
+    left_place = evicted[:, None].to(tl.int64) * stride_kn + d[None, :]
+    left = tl.load(key_ptr + left_place, mask=listed[:, None] & (d < D)[None, :], other=0.0)
     left_norm = tl.load(norm_ptr + evicted, mask=listed, other=0.0)
     best = tl.full([BLOCK_E], float("-inf"), tl.float32)
     pivot = tl.full([BLOCK_E], -1, tl.int32)
     for begin in range(0, KEPT, BLOCK_K):
         c = begin + tl.arange(0, BLOCK_K)
         kept = tl.load(kept_ptr + pid * KEPT + c, mask=c < KEPT, other=-1)
-        place = kept[None, :].to(tl.int64) * stride_kn + d[:, None]
-        right = tl.load(key_ptr + place, mask=(kept >= 0)[None, :] & (d < D)[:, None], other=0.0)
+        right_place = kept[None, :].to(tl.int64) * stride_kn + d[:, None]
+        right = tl.load(key_ptr + right_place, mask=(kept >= 0)[None, :] & (d < D)[:, None], other=0.0)
         right_norm = tl.load(norm_ptr + kept, mask=kept >= 0, other=0.0)
         cosine = tl.dot(left, right, input_precision="ieee") * left_norm[:, None] * right_norm[None, :]
         # a cosine that is not a number counts as 0

@@ -18,16 +18,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # by bytes of a padded row: queries and keys of a tile
 LSE_CONFIGS = {
-    128: Config(128, 64, 4, 3),
+    128: Config(128, 64, 8, 3),
     256: Config(128, 64, 8, 3),
     512: Config(64, 32, 4, 2),
     1024: Config(32, 32, 4, 2),
+    2048: Config(16, 16, 4, 1),
 }
 SCORES_CONFIGS = {
-    128: Config(64, 128, 4, 3),
+    128: Config(64, 128, 8, 3),
     256: Config(64, 128, 8, 3),
-    512: Config(32, 64, 4, 2),
+    512: Config(32, 64, 8, 2),
     1024: Config(32, 32, 4, 2),
+    2048: Config(16, 16, 4, 1),
 }
 # few heads make few programs, which then share a block's queries; by the heads alone, so that the batch changes no bit
 WANTED_HEADS = 16
@@ -64,8 +66,8 @@ def _lse_kernel(
     d = tl.arange(0, BLOCK_D)
     query_ptr += row * stride_qb + head * stride_qh
     key_ptr += row * stride_kb + (head // GROUP) * stride_kh
-    place = m[:, None].to(tl.int64) * stride_qm + d[None, :]
-    query = tl.load(query_ptr + place, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+    query_place = m[:, None].to(tl.int64) * stride_qm + d[None, :]
+    query = tl.load(query_ptr + query_place, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
     if HAS_MASK:
         mask_ptr += row * stride_mb + head * stride_mh
     end = N
@@ -75,8 +77,8 @@ def _lse_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for begin in range(start, end, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
-        place = n[None, :].to(tl.int64) * stride_kn + d[:, None]
-        key = tl.load(key_ptr + place, mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
+        key_place = n[None, :].to(tl.int64) * stride_kn + d[:, None]
+        key = tl.load(key_ptr + key_place, mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
         logits = _logits(tl.dot(query, key, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         visible = (n < N)[None, :]
         if CAUSAL:
