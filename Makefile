@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN ?= $(VENV)/bin
 OUT ?= out
 OLDEST := .venv-oldest
+OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch)
 
 .PHONY: demo test test-oldest lint format bench gpu clean help
 
@@ -23,6 +24,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --durations=10
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OPS)
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_cache.py tests/test_enable.py

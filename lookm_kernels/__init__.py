@@ -4,6 +4,7 @@ Shapes: B batch, Hq query heads, H key/value heads, M queries, N cached tokens, 
 """
 
 from lookm_kernels import rules
+from lookm_kernels._dispatch import use_backend
 from lookm_kernels._version import __version__ as __version__
 from lookm_kernels.compact import compact_
 from lookm_kernels.compress import compress_
@@ -23,4 +24,5 @@ __all__ = [
     "register_rule",
     "rules",
     "select_tokens",
+    "use_backend",
 ]

@@ -60,15 +60,15 @@ def why_only_reference(*tensors: Tensor) -> str | None:
 
 
 def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]:
-    """The function `op` of file `module` of the backend for `tensors`, of which the first decides.
+    """The function `op` of file `module` of the backend for `tensors`.
 
-    Triton on a GPU, except where only the reference takes the tensors; else the reference.
+    The reference unless use_backend chose another: the Triton kernels are not yet proved on a GPU. ValueError for
+    tensors the chosen backend does not take.
     """
-    reason = why_only_reference(*tensors)
-    if _forced == "triton" and reason is not None:
-        raise ValueError(f"backend triton: {reason}")
-    on_gpu = tensors[0].device.type == "cuda" and reason is None and why_missing("triton") is None
-    backend = _forced or ("triton" if on_gpu else "reference")
+    backend = _forced or "reference"
+    reason = None if backend == "reference" else why_only_reference(*tensors)
+    if reason is not None:
+        raise ValueError(f"backend {backend}: {reason}")
     function: Callable[..., Any] = getattr(importlib.import_module(f"lookm_kernels.{backend}.{module}"), op)
     return function
 
