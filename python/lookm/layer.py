@@ -207,9 +207,7 @@ class LookMLayer(DynamicLayer):
 
     def _evicts(self, prompt: Prompt) -> bool:
         """Whether the budget of any row is smaller than the row; padding alone is no reason to touch the cache."""
-        length = self.stored - self.segment_start
-        lengths = [length] * len(prompt.keep) if prompt.valid is None else prompt.valid.sum(1).tolist()
-        return any(keep < n + prompt.remaining for keep, n in zip(prompt.keep, lengths, strict=True))
+        return any(keep < n + prompt.remaining for keep, n in zip(prompt.keep, prompt.lengths, strict=True))
 
     def _observe(
         self, query: Tensor, mask: Any, prompt: Prompt, causal: bool, scaling: float | None = None,

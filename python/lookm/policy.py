@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -40,6 +41,12 @@ class Prompt:
     recent: Sequence[int]
     sinks: Sequence[int]
     remaining: int = 0
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Valid tokens of each row so far."""
+        batch, tokens = self.image.shape
+        return [tokens] * batch if self.valid is None else [int(n) for n in self.valid.sum(1).tolist()]
 
     def last(self, counts: Sequence[int]) -> Tensor:
         """[B, N] bool: the last counts[row] valid tokens of each row's whole prompt."""
