@@ -72,14 +72,15 @@ def test_visible_reads_bool_and_additive_masks():
 
 def test_scoring_needs_no_mask_where_it_is_plain():
     four = torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(2)
-    assert scoring_mask(None, False, True, None, 4, 6) == NO_MASK
-    assert scoring_mask(four, True, True, None, 4, 6) == NO_MASK
-    left = scoring_mask(four, True, True, bools("001111"), 4, 6)
-    assert (left["causal"], left["key_start"].tolist(), left["mask"]) == (True, [2], None)
-    holes = scoring_mask(None, True, True, bools("101111"), 4, 6)
+    assert scoring_mask(None, False, True, None, None, 4, 6) == NO_MASK
+    assert scoring_mask(four, True, True, None, None, 4, 6) == NO_MASK
+    start = torch.tensor([2])
+    left = scoring_mask(four, True, True, bools("001111"), start, 4, 6)
+    assert left == {"causal": True, "key_start": start, "mask": None}
+    holes = scoring_mask(None, True, True, bools("101111"), None, 4, 6)
     assert (holes["causal"], holes["key_start"]) == (True, None)
     assert torch.equal(holes["mask"], bools("101111")[:, None, None].expand(1, 1, 4, 6))
-    given_by_user = scoring_mask(four, False, True, None, 4, 6)
+    given_by_user = scoring_mask(four, False, True, None, None, 4, 6)
     assert not given_by_user["causal"]
     assert torch.equal(given_by_user["mask"], four)
 

@@ -20,7 +20,8 @@ import lookm
 from lookm import POLICIES, Attention, LookMCache, Policy, Prompt, register_policy
 from lookm.budget import parse_budget
 from lookm.forward import Forward
-from lookm.layer import LookMLayer, Settings
+from lookm.layer import LookMLayer
+from lookm.plan import Settings
 from lookm.policy import ALIASES, DESCRIPTIONS
 
 PLAIN = {"recent_share": 0.5, "sinks": 0, "text_prior": False, "rule": "none", "gate": None, "protect_text": False}

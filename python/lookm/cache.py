@@ -13,9 +13,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
-from lookm.layer import NO_ASSISTANT, LookMLayer, Settings
+from lookm.layer import NO_ASSISTANT, LookMLayer
 from lookm.modality import find_image_tokens, forward_arguments, outermost
 from lookm.observe import install
+from lookm.plan import Settings
 from lookm.policy import Policy, is_count, resolve_policy
 from lookm.report import Report, layer_report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -26,6 +25,11 @@ def is_count(value: Any) -> bool:
     return is_number(value) and isinstance(value, int) and value >= 0
 
 
+def on_device(counts: Sequence[int], device: torch.device) -> Tensor:
+    """[B, 1] of a number a row, filled on the device: a copy from the host would wait for it."""
+    return torch.cat([torch.full((1, 1), count, device=device) for count in counts])
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The tokens under compression: N seen so far, `remaining` still to come (chunked prefill).
@@ -42,12 +46,6 @@ class Prompt:
     sinks: Sequence[int]
     remaining: int = 0
 
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Valid tokens of each row so far."""
-        batch, tokens = self.image.shape
-        return [tokens] * batch if self.valid is None else [int(n) for n in self.valid.sum(1).tolist()]
-
     def last(self, counts: Sequence[int]) -> Tensor:
         """[B, N] bool: the last counts[row] valid tokens of each row's whole prompt."""
         return self._within(counts, from_end=True)
@@ -59,7 +57,7 @@ class Prompt:
     def _within(self, counts: Sequence[int], from_end: bool) -> Tensor:
         valid = torch.ones_like(self.image) if self.valid is None else self.valid
         place = valid.flip(1).cumsum(1).flip(1) + self.remaining if from_end else valid.cumsum(1)
-        return valid & (place <= torch.tensor(counts, device=valid.device)[:, None])
+        return valid & (place <= on_device(counts, valid.device))
 
     def tiers(self, text_prior: bool) -> Tensor:
         """[B, N] int32 selection classes for select_tokens: protected, text, image, padding."""
