@@ -35,7 +35,7 @@ class Settings:
 class Plan:
     """prompt: the tokens under compression, with the budget of each row.
 
-    evicts: whether the budget of any row is smaller than the row; padding alone is no reason to touch the cache.
+    evicts: whether the prompt is over its budget.
     valid [B, stored] bool: places that may be attended now; stored_valid: those after the compression; None: all.
     key_start [B] int32: the first place that is not padding, None where there is none, or some elsewhere.
     tiers [B, N] int32: selection classes.
@@ -56,10 +56,15 @@ def make_plan(layer: LookMLayer, remaining: int, mask: Tensor | None) -> Plan:
     """
     valid = layer.valid if mask is None else _seen_last(mask, layer.stored, layer.keys.shape[0])
     prompt, lengths = _budgeted(layer, valid, remaining)
-    evicts = any(keep < length + remaining for keep, length in zip(prompt.keep, lengths, strict=True))
+    evicts = over_budget(prompt, lengths)
     tiers = prompt.tiers(layer.settings.policy.text_prior)
     stored_valid = _stored_valid(layer, valid, prompt.keep) if evicts else valid
     return Plan(prompt, evicts, valid, stored_valid, left_padding(valid), tiers)
+
+
+def over_budget(prompt: Prompt, lengths: Sequence[int]) -> bool:
+    """Whether the budget of any row is smaller than the row; padding alone is no reason to touch the cache."""
+    return any(keep < length + prompt.remaining for keep, length in zip(prompt.keep, lengths, strict=True))
 
 
 def _seen_last(mask: Tensor, stored: int, batch: int) -> Tensor | None:
