@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 import lookm_kernels
 from lookm.forward import Forward
+from lookm.lse import LogSumExp
 from lookm.masks import is_4d, scoring_mask, stored_mask
 from lookm.observe import offset_of, tag
 from lookm.plan import Plan, Settings, make_plan
@@ -160,10 +162,13 @@ class LookMLayer(DynamicLayer):
         if declared is not None and self.seen > declared and self.segment_start == 0:
             raise ValueError(f"`prompt_length` is {declared}, but the prompt has {self.seen} tokens already")
         plan = self._plan(mask, query.shape[2], remaining)
-        output = inner(module, query, key, value, mask, *args, **kwargs)
+        observed = LogSumExp()
+        free = mask is None and plan.valid is None and plan.evicts and self.settings.policy.looks
+        with observed if free else nullcontext():
+            output = inner(module, query, key, value, mask, *args, **kwargs)
         with torch.no_grad():
             if plan.evicts:
-                self._observe(query, mask, plan, getattr(module, "is_causal", True), **kwargs)
+                self._observe(query, mask, plan, observed, getattr(module, "is_causal", True), **kwargs)
             if remaining == 0:
                 self._compress(plan)
         return output
@@ -188,7 +193,7 @@ class LookMLayer(DynamicLayer):
         return int((self.keys[:, :, 0].numel() + self.values[:, :, 0].numel()) * self.keys.element_size())
 
     def _observe(
-        self, query: Tensor, mask: Any, plan: Plan, causal: bool, scaling: float | None = None,
+        self, query: Tensor, mask: Any, plan: Plan, observed: LogSumExp, causal: bool, scaling: float | None = None,
         softcap: float | None = None, is_causal: bool | None = None, **_: Any,
     ) -> None:  # fmt: skip
         """Add this chunk's scores to those of the chunks before."""
@@ -197,7 +202,9 @@ class LookMLayer(DynamicLayer):
         plain = self.forward.plain_at(self.seen - queries, queries)
         masking = scoring_mask(mask, plain, causal, plan.valid, plan.key_start, queries, self.stored)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = self.settings.policy.score(Attention(query, self.keys, plan.prompt, scale, softcap, **masking))
+        lse = observed.of(query, self.keys, causal, scale) if softcap is None else None
+        attention = Attention(query, self.keys, plan.prompt, scale, softcap, lse=lse, **masking)
+        scores = self.settings.policy.score(attention)
         if self.scores is not None:
             scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
         self.scores = scores

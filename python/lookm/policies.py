@@ -92,6 +92,8 @@ class SnapKV(Policy):
 class Streaming(Policy):
     """The first 4 tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)."""
 
+    looks: ClassVar[bool] = False
+
     def score(self, attention: Attention) -> Tensor:
         """Position alone decides."""
         batch, heads = attention.key.shape[:2]

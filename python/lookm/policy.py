@@ -88,6 +88,7 @@ class Attention:
     causal: bool = True
     key_start: Tensor | None = None
     mask: Tensor | None = None
+    lse: Tensor | None = None
 
     def column_sums(self, query_weight: Tensor | None = None) -> Tensor:
         """[B, H, prompt tokens] float32: attention received from this chunk's queries, weighted by query_weight [B, M].
@@ -101,6 +102,7 @@ class Attention:
             self.key,
             scale=self.scale,
             causal=self.causal,
+            lse=self.lse,
             query_weight=weight,
             key_start=self.key_start,
             mask=self.mask,
@@ -138,6 +140,7 @@ class Policy:
     text_prior: text tokens go before image tokens (LOOK-M, section 3.2).
     rule, gate: merge rule and gate, names of lookm_kernels.rules.
     protect_text: never evict text, even where that exceeds the budget, as the authors' code does.
+    evicts, looks: a class may say that it evicts nothing, or that its scores need no attention.
     ValueError for a value outside of what is said here.
     """
 
@@ -148,6 +151,7 @@ class Policy:
     gate: str | None = None
     protect_text: bool = False
     evicts: ClassVar[bool] = True
+    looks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, good, expected in (
