@@ -1,12 +1,14 @@
-"""Block sizes: what a configuration is, and how head sizes are padded to it."""
+"""Block sizes: what a configuration is, and which one a chip and a head size get."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -32,3 +34,22 @@ def padded_width(width: int) -> int:
 def row_bytes(width: int, dtype: torch.dtype) -> int:
     """Bytes of a padded row, at least 128: what the tables of configurations are keyed by, up to 2048."""
     return max(128, padded_width(width) * dtype.itemsize)
+
+
+def configuration(table: dict[str, dict[int, Config]], width: int, tensor: Tensor) -> Config:
+    """The tile for heads of `width` elements of a tensor's dtype on the tensor's device."""
+    return table[chip(tensor.device)][row_bytes(width, tensor.dtype)]
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """The line of a table: the newest chip that is not newer than the device's. Off a GPU (interpreted): sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    # 8.6, 8.9 and 12 have the shared memory of a small chip
+    if major == 12 or (major == 8 and minor in (6, 9)):
+        return "sm_86"
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")

@@ -7,16 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lookm_kernels.triton._configs import Config, block_and_row, padded_width, row_bytes
+from lookm_kernels.triton._configs import Config, block_and_row, configuration, padded_width
 
-# by bytes of a padded row: evicted and kept tokens of a tile
-CONFIGS = {
+# by chip, then bytes of a padded row: evicted and kept tokens of a tile
+SMALL = {
     128: Config(128, 64, 8, 3),
     256: Config(128, 64, 8, 3),
     512: Config(64, 32, 4, 2),
     1024: Config(32, 32, 4, 2),
     2048: Config(16, 16, 4, 1),
 }
+CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": SMALL, "sm_100": SMALL, "gfx942": SMALL}
 NORM_ROWS = 64
 
 
@@ -83,7 +84,7 @@ def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Te
     _norm_kernel[(triton.cdiv(tokens, NORM_ROWS) * batch * heads,)](
         key, norm, *strides, heads, tokens, width, BLOCK_N=NORM_ROWS, BLOCK_D=block_d, num_warps=4
     )
-    config = CONFIGS[row_bytes(width, key.dtype)]
+    config = configuration(CONFIGS, width, key)
     _nearest_kernel[(triton.cdiv(evicted.shape[2], config.rows) * batch * heads,)](
         key, norm, kept.contiguous(), evicted.contiguous(), pivot, similarity, *strides, heads, tokens, kept.shape[2],
         evicted.shape[2], width, BLOCK_E=config.rows, BLOCK_K=config.columns, BLOCK_D=block_d, num_warps=config.warps,
