@@ -72,16 +72,16 @@ def test_the_ten_line_policy_works() -> None:
     chunks = [{**whole[0], "input_ids": ids[:, :-9]}, {"input_ids": ids[:, -9:]}]
     try:
         exec(block, {"__name__": "readme"})
-        assert DESCRIPTIONS["text_looks"].startswith("As lookm, scored by")
+        assert DESCRIPTIONS["text_counts"].startswith("As lookm, scored by")
         for parts in (whole, chunks):
-            cache = LookMCache(family.model(), budget=0.5, policy="text_looks", prompt_length=ids.shape[1])
+            cache = LookMCache(family.model(), budget=0.5, policy="text_counts", prompt_length=ids.shape[1])
             with torch.no_grad():
                 for part in parts:
                     family.model()(**part, past_key_values=cache)
             kept.append(cache.kept_positions(2))
     finally:
-        POLICIES.pop("text_looks", None)
-        DESCRIPTIONS.pop("text_looks", None)
+        POLICIES.pop("text_counts", None)
+        DESCRIPTIONS.pop("text_counts", None)
     assert kept[0].shape[2] == ids.shape[1] // 2
     assert torch.equal(*kept)
 

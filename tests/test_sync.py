@@ -160,6 +160,9 @@ CASES: dict[str, tuple[Any, Callable[..., list[dict[str, Tensor]]], dict[str, An
     "a number of tokens": (LLAVA, left, {"budget": 12}),
     "bytes": (LLAVA, left, {"budget": "32KiB"}),
     "protected text": (LLAVA, left, {"budget": 0.3, "protect_text": True, "sinks": 2}),
+    "text queries": (LLAVA, left, {"budget": 0.3, "queries": "text"}),
+    "sampled queries": (LLAVA, one_row, {"budget": 0.3, "queries": "sampled"}),
+    "8-bit floats": (LLAVA, left, {"budget": 0.3, "fp8": True, "queries": "sampled"}),
     "chunks": (QWEN, chunks, {"budget": 0.3, "prompt_length": 30}),
     "segments": (QWEN, turns, {"budget": 0.3, "later_turns": "segment"}),
     **{policy: (LLAVA, left, {"budget": 0.3, "policy": policy}) for policy in POLICIES},
@@ -193,7 +196,7 @@ def deep(layers: int) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("case", ["one row", "left padding", "padding anywhere", "a 4D mask", "chunks", "segments"])
-@pytest.mark.parametrize("options", [{}, {"protect_text": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"protect_text": True}, {"queries": "text"}], ids=str)
 def test_reads_do_not_grow_with_the_layers(case: str, options: dict):
     """Whatever the rows and the forwards, two layers read what six do."""
     _, forwards, given = CASES[case]

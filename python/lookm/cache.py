@@ -48,7 +48,8 @@ class LookMCache(DynamicCache):
         image_mask: bool [B, tokens], image and video tokens, where the model's inputs cannot tell (features merged into
             inputs_embeds beforehand, or an inner model called directly).
         important, recent: two fractions instead of `budget`, each rounded down, as in the authors' code.
-        options: fields of the policy to change: rule, gate, sinks, recent_share, text_prior, protect_text, ...
+        options: fields of the policy to change: rule, gate, sinks, recent_share, text_prior, protect_text, queries, ...
+            (see lookm.Policy)
 
     Only full-attention layers are compressed; sliding, chunked and linear ones stay as they are. A prompt without
     images is compressed by the same policy. ValueError for an argument that is not accepted, TypeError when model is

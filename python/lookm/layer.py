@@ -179,10 +179,10 @@ class LookMLayer(DynamicLayer):
         unknown = self.valid is None and is_4d(mask) and not self.forward.masks(self.seen - queries, queries)
         own_mask = mask if unknown else None
         key = (
-            "plan", self.seen, self.stored, self.segment_start, remaining, self.keys.shape[0], self.column_bytes,
-            self.keys.device, weakref.ref(mask) if unknown else None,
+            "plan", self.seen, self.stored, self.segment_start, queries, remaining, self.keys.shape[0],
+            self.column_bytes, self.keys.device, weakref.ref(mask) if unknown else None,
         )  # fmt: skip
-        plan = self.forward.once(key, lambda: make_plan(self, remaining, own_mask))
+        plan = self.forward.once(key, lambda: make_plan(self, queries, remaining, own_mask))
         if unknown and plan.valid is not None:
             self.valid, self.padding = plan.valid, (~plan.valid).sum(1)
         return plan
@@ -203,8 +203,12 @@ class LookMLayer(DynamicLayer):
         masking = scoring_mask(mask, plain, causal, plan.valid, plan.key_start, queries, self.stored)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         lse = observed.of(query, self.keys, causal, scale) if softcap is None else None
-        attention = Attention(query, self.keys, plan.prompt, scale, softcap, lse=lse, **masking)
-        scores = self.settings.policy.score(attention)
+        policy = self.settings.policy
+        attention = Attention(
+            query, self.keys, plan.prompt, scale, softcap, lse=lse, query_weight=plan.query_weight, picked=plan.picked,
+            fp8=policy.fp8, **masking,
+        )  # fmt: skip
+        scores = policy.score(attention)
         if self.scores is not None:
             scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
         self.scores = scores

@@ -39,6 +39,7 @@ class Plan:
     valid [B, stored] bool: places that may be attended now; stored_valid: those after the compression; None: all.
     key_start [B] int32: the first place that is not padding, None where there is none, or some elsewhere.
     tiers [B, N] int32: selection classes.
+    query_weight, picked: see lookm.policy.Attention.
     """
 
     prompt: Prompt
@@ -47,19 +48,42 @@ class Plan:
     stored_valid: Tensor | None
     key_start: Tensor | None
     tiers: Tensor
+    query_weight: Tensor | None
+    picked: Tensor | None
 
 
-def make_plan(layer: LookMLayer, remaining: int, mask: Tensor | None) -> Plan:
+def make_plan(layer: LookMLayer, queries: int, remaining: int, mask: Tensor | None) -> Plan:
     """The plan for a layer that has stored new keys, and for all others that have stored as many on its device.
 
-    remaining: tokens of the prompt still to come. mask: a 4D mask by the user, None where padding is known otherwise.
+    queries: tokens of this forward. remaining: tokens of the prompt still to come. mask: a 4D mask by the user, None
+    where padding is known otherwise.
     """
     valid = layer.valid if mask is None else _seen_last(mask, layer.stored, layer.keys.shape[0])
     prompt, lengths = _budgeted(layer, valid, remaining)
     evicts = over_budget(prompt, lengths)
-    tiers = prompt.tiers(layer.settings.policy.text_prior)
+    policy = layer.settings.policy
     stored_valid = _stored_valid(layer, valid, prompt.keep) if evicts else valid
-    return Plan(prompt, evicts, valid, stored_valid, left_padding(valid), tiers)
+    looking = pick_queries(policy, prompt, queries) if evicts and policy.looks else (None, None)
+    return Plan(prompt, evicts, valid, stored_valid, left_padding(valid), prompt.tiers(policy.text_prior), *looking)
+
+
+def pick_queries(policy: Policy, prompt: Prompt, queries: int) -> tuple[Tensor | None, Tensor | None]:
+    """query_weight [B, M] of the last M queries of the prompt, and those `picked`, as lookm.policy.Attention has them.
+
+    Picked are the queries with a weight where these are at most half of each row.
+    """
+    weight = policy.query_weight(prompt)
+    if prompt.valid is not None:
+        weight = prompt.valid.float() if weight is None else weight * prompt.valid
+    if weight is None:
+        return None, None
+    weight = weight[:, -queries:]
+    used = weight != 0
+    most = int(used.sum(1).max())
+    if 2 * most > queries:
+        return weight, None
+    place = torch.arange(queries, dtype=torch.int32, device=weight.device)
+    return weight, torch.where(used, place, -1).sort(1).values[:, queries - most :]
 
 
 def over_budget(prompt: Prompt, lengths: Sequence[int]) -> bool:
