@@ -52,6 +52,16 @@ def test_recorded_costs_meet_their_targets(generator: ModuleType) -> None:
     assert record["time_ratio"] <= 1
 
 
+def test_exact_scoring_is_that_of_the_demo(generator: ModuleType) -> None:
+    cells = [cell for cell in generator.read("scoring.json")["cells"] if cell["scoring"] == "all queries"]
+    demo = {(cell["policy"], cell["budget"]): cell for cell in generator.read("demo.json")["cells"]}
+    assert [cell["budget"] for cell in cells] == [0.2, 0.1]
+    for cell in cells:
+        assert cell["overlap"] == 100
+        same = demo["lookm", cell["budget"]]
+        assert all(cell[name] == same[name] for name in ("answers", "exact_match_after", "exact_match_before"))
+
+
 def test_a_missing_section_is_an_error(generator: ModuleType) -> None:
     with pytest.raises(SystemExit, match="one section 'demo', it has 0"):
         generator.render("README.md", README.replace("begin demo", "begin dem"))
