@@ -49,7 +49,7 @@ def attention_scores(
         query: [B, Hq, M, D], after rotary embedding. Query i stands at position i + N - M (right-aligned), M <= N,
             unless query_position says otherwise.
         key: [B, H, N, D], as cached; same dtype as query (float16, bfloat16, float32, float64 or float8_e4m3fn).
-        scale: factor of the logits; D ** -0.5 by default.
+        scale: factor of the logits, positive; D ** -0.5 by default.
         causal: a query sees no key after its own position.
         lse: [B, Hq, M] float32 (float64 for float64 inputs), natural-log sum of the exponentials of each query's
             visible logits, when known; computed otherwise.
@@ -60,16 +60,16 @@ def attention_scores(
         softcap: logits become softcap * tanh(logits / softcap), before the mask.
         query_position: [B, M] int32, where each query stands among the N tokens: strictly ascending, -1 (first) for an
             empty place, which counts 0. For queries picked out of a prompt: the time falls with their number.
-        head_scale: [B, Hq] float32 (or float64), a factor of a head's logits beside scale; what quantize_heads divided
-            float8 queries and keys by.
+        head_scale: [B, Hq] float32 (or float64), a positive factor of a head's logits beside scale: what quantize_heads
+            divided float8 queries and keys by.
 
     Returns:
         [B, H, N] float32 (float64 for float64 inputs). A query that sees no key contributes nothing.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
-        ValueError: shapes, devices or head counts that do not fit, M > N, an empty tensor, softcap <= 0, key_start or
-            query_position out of range, or an input that requires a gradient.
+        ValueError: shapes, devices or head counts that do not fit, M > N, an empty tensor, scale or softcap <= 0,
+            key_start, query_position or head_scale out of range, or an input that requires a gradient.
     """
     check_call(query=query, key=key, lse=lse, query_weight=query_weight, key_start=key_start, mask=mask)
     check_call(query_position=query_position, head_scale=head_scale)
@@ -114,6 +114,7 @@ def _check(
         check_tensor("mask", mask, "B Hq M N", (torch.bool,))
         fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
         require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
+    require(scale is None or scale > 0, "scale", "positive or None", scale)
     require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
     check_device("query", query, query_position=query_position, head_scale=head_scale)
     if query_position is not None:
@@ -144,6 +145,8 @@ def _run(
     if query_position is not None:
         check_indices("query_position", query_position, key.shape[2])
         check_ascending("query_position", query_position)
+    if head_scale is not None and head_scale.device.type == "cpu":
+        require(not bool((head_scale <= 0).any()), "head_scale", "positive", head_scale.min().item())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     run = implementation("attention_scores", "scores", query)
     return run(  # type: ignore[no-any-return]

@@ -82,6 +82,8 @@ BAD = (
         Bad("attention_scores", "query_position", first_set_to(13), ValueError, "-1 to 12", "13", reads=True),
         Bad("attention_scores", "head_scale", torch.Tensor.half, TypeError, "float32", "torch.float16 [2, 6]"),
         Bad("attention_scores", "head_scale", lambda x: x[:, :3], ValueError, "[B, Hq] = [2, 6]", "[2, 3]"),
+        Bad("attention_scores", "head_scale", first_set_to(0), ValueError, "positive", "0.0", reads=True),
+        Bad("attention_scores", "scale", constant(0.0), ValueError, "positive or None", "0.0"),
         Bad("attention_scores", "softcap", constant(0.0), ValueError, "positive or None", "0.0"),
     ]
     + [

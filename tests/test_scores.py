@@ -58,7 +58,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         rows, per_head = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
         call["mask"] = random(seed + 3, rows, per_head, queries, tokens) > draw(st.sampled_from([-1.0, 0.0, 1.0]))
     if draw(st.booleans()):
-        call["head_scale"] = random(seed + 4, batch, heads, dtype=torch.float64)
+        call["head_scale"] = random(seed + 4, batch, heads, dtype=torch.float64).exp()
     if draw(st.booleans()):
         chance = random(seed + 5, batch, tokens)
         used = [draw(st.integers(0, queries)) for _ in range(batch)]

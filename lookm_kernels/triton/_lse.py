@@ -18,15 +18,24 @@ SMALL = {
     1024: Config(32, 32, 4, 2),
     2048: Config(16, 16, 4, 1),
 }
-CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": SMALL, "sm_100": SMALL, "gfx942": SMALL}
+LARGE = SMALL | {128: Config(128, 128, 8, 2), 256: Config(128, 128, 8, 2), 512: Config(64, 64, 4, 2)}
+CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": LARGE, "sm_100": LARGE, "gfx942": SMALL}
+# what LOOKM_AUTOTUNE=1 tries
+CANDIDATES = [
+    Config(128, 128, 8, 2),
+    Config(128, 128, 8, 3),
+    Config(128, 64, 8, 3),
+    Config(64, 128, 4, 2),
+    Config(64, 64, 4, 3),
+]
 
 
 @triton.jit
 def base2_logits(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Logits of q . k, divided by ln 2; tanh(x) = 2 sigmoid(2 x) - 1."""
+    """(x, factor): x * factor are the logits of q . k divided by ln 2; tanh(x) = 2 sigmoid(2 x) - 1."""
     if HAS_SOFTCAP:
-        return softcap * LOG2_E * (2 * tl.sigmoid(product * (2 * scale / softcap)) - 1)
-    return product * (scale * LOG2_E)
+        return 2 * tl.sigmoid(product * (2 * scale / softcap)) - 1, softcap * LOG2_E
+    return product, scale * LOG2_E
 
 
 @triton.jit
@@ -62,20 +71,21 @@ def _see_keys(
         n = first + tl.arange(0, BLOCK_N)
         place = n[None, :].to(tl.int64) * stride_kn + d[:, None]
         key = tl.load(key_ptr + place, mask=(n < end)[None, :] & (d < D)[:, None], other=0.0)
-        logits = base2_logits(tl.dot(query, key, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        x, factor = base2_logits(tl.dot(query, key, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         if COMPARE:
             visible = (n < N)[None, :]
             if CAUSAL:
                 visible = visible & (n[None, :] <= position[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
+            x = tl.where(visible, x, float("-inf"))
         if HAS_MASK:
             place = m[:, None].to(tl.int64) * stride_mm + n[None, :].to(tl.int64) * stride_mn
             inside = (m < M)[:, None] & (n < N)[None, :]
-            logits = tl.where(tl.load(mask_ptr + place, mask=inside, other=0) != 0, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
+            x = tl.where(tl.load(mask_ptr + place, mask=inside, other=0) != 0, x, float("-inf"))
+        # the factor is positive: the largest x is that of the largest logit
+        new_top = tl.maximum(top, tl.max(x, 1) * factor)
         # a query that sees nothing yet has no maximum: 0 keeps its exponentials 0 rather than NaN
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(tl.fma(x, factor, -safe[:, None])), 1)
         top = new_top
     return top, total
 

@@ -6,13 +6,15 @@ order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lookm_kernels.triton import _lse
-from lookm_kernels.triton._configs import Config, block_and_row, configuration, padded_width
+from lookm_kernels.triton._configs import Config, block_and_row, launch, padded_width
 from lookm_kernels.triton._lse import base2_logits, first_query, positions
 
 # by chip, then bytes of a padded row: queries and keys of a tile
@@ -23,7 +25,17 @@ SMALL = {
     1024: Config(32, 32, 4, 2),
     2048: Config(16, 16, 4, 1),
 }
-CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": SMALL, "sm_100": SMALL, "gfx942": SMALL}
+# 64 rows: Hopper's matrix instruction takes no fewer
+LARGE = SMALL | {512: Config(64, 64, 4, 2)}
+CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": LARGE, "sm_100": LARGE, "gfx942": SMALL}
+# what LOOKM_AUTOTUNE=1 tries
+CANDIDATES = [
+    Config(64, 128, 8, 3),
+    Config(64, 128, 4, 3),
+    Config(128, 128, 8, 2),
+    Config(64, 256, 8, 2),
+    Config(64, 64, 4, 3),
+]
 # few heads make few programs, which then share a block's queries; by the heads alone, so that the batch changes no bit
 WANTED_HEADS = 16
 SUM_BLOCK = 1024
@@ -37,7 +49,7 @@ def _add_queries(
     COMPARE: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the attention that queries begin to end - 1 pay to the keys n: sums [BLOCK_N, BLOCK_M] float32."""
+    """Add the attention that queries begin to end - 1 pay to the keys n: sums [BLOCK_M, BLOCK_N] float32."""
     d = tl.arange(0, BLOCK_D)
     for first in range(begin, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
@@ -45,20 +57,20 @@ def _add_queries(
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + m, mask=used, other=0.0)
             used = weight != 0
-        place = m[None, :].to(tl.int64) * stride_qm + d[:, None]
-        query = tl.load(query_ptr + place, mask=used[None, :] & (d < D)[:, None], other=0.0)
+        place = m[:, None].to(tl.int64) * stride_qm + d[None, :]
+        query = tl.load(query_ptr + place, mask=used[:, None] & (d < D)[None, :], other=0.0)
         # infinity leaves a query out: its exponentials are 0
         lse = tl.load(lse_ptr + m, mask=used, other=float("inf"))
-        logits = base2_logits(tl.dot(key, query, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-        attention = tl.exp2(logits - lse[None, :])
+        x, factor = base2_logits(tl.dot(query, key, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        attention = tl.exp2(tl.fma(x, factor, -lse[:, None]))
         if HAS_WEIGHT:
-            attention *= weight[None, :]
+            attention *= weight[:, None]
         if COMPARE:
             position = positions(position_ptr, m, M, N, HAS_POSITION)
-            attention = tl.where(n[:, None] <= position[None, :], attention, 0.0)
+            attention = tl.where(n[None, :] <= position[:, None], attention, 0.0)
         if HAS_MASK:
-            place = m[None, :].to(tl.int64) * stride_mm + n[:, None].to(tl.int64) * stride_mn
-            seen = tl.load(mask_ptr + place, mask=used[None, :] & (n < N)[:, None], other=0) != 0
+            place = m[:, None].to(tl.int64) * stride_mm + n[None, :].to(tl.int64) * stride_mn
+            seen = tl.load(mask_ptr + place, mask=used[:, None] & (n < N)[None, :], other=0) != 0
             attention = tl.where(seen, attention, 0.0)
         sums += attention
     return sums
@@ -96,8 +108,8 @@ def _scores_kernel(
     n = first_key + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     key_ptr += row * stride_kb + (head // GROUP) * stride_kh
-    place = n[:, None].to(tl.int64) * stride_kn + d[None, :]
-    key = tl.load(key_ptr + place, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    place = n[None, :].to(tl.int64) * stride_kn + d[:, None]
+    key = tl.load(key_ptr + place, mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
     query_ptr += row * stride_qb + head * stride_qh
     lse_ptr += pid * M
     if HAS_HEAD_SCALE:
@@ -119,7 +131,7 @@ def _scores_kernel(
     per_split = tl.cdiv(tl.cdiv(M - begin, BLOCK_M) - unseeing, SPLITS)
     begin += (unseeing + tl.program_id(1) * per_split) * BLOCK_M
     end = tl.minimum(M, begin + per_split * BLOCK_M)
-    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if CAUSAL:
         # only these need the comparison
         middle = tl.minimum(end, tl.maximum(begin, compared_end))
@@ -132,7 +144,7 @@ def _scores_kernel(
         sums, key, n, begin, end, query_ptr, lse_ptr, weight_ptr, position_ptr, mask_ptr, stride_qm, stride_mm,
         stride_mn, M, N, D, scale, softcap, False, HAS_POSITION, HAS_WEIGHT, HAS_MASK, HAS_SOFTCAP, BLOCK_M, BLOCK_D,
     )  # fmt: skip
-    tl.store(partial_ptr + (pid * SPLITS + tl.program_id(1)) * N + n, tl.sum(sums, 1), mask=n < N)
+    tl.store(partial_ptr + (pid * SPLITS + tl.program_id(1)) * N + n, tl.sum(sums, 0), mask=n < N)
 
 
 @triton.jit
@@ -175,8 +187,8 @@ def attention_scores(
     strides = (*query.stride()[:3], *key.stride()[:3], *mask_strides)
     sizes = (heads, heads // kv_heads, queries, tokens, width, scale, softcap or 1.0)
     rows = (key_start, first, query_position, head_scale, mask)
-    # a logit rounded once more in one pass than in the other would change large attention: nothing is fused
-    flags = {
+    # fused multiply-adds are spelled out: what a release of Triton fuses by itself would decide the bits
+    flags: dict[str, Any] = {
         "CAUSAL": causal,
         "HAS_START": key_start is not None,
         "HAS_POSITION": query_position is not None,
@@ -186,24 +198,31 @@ def attention_scores(
         "BLOCK_D": padded_width(width),
         "enable_fp_fusion": False,
     }
+    shape = (batch, *sizes[:4], *flags.values())
     if lse is not None:
         lse = lse.contiguous() * _lse.LOG2_E.value
     else:
         lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-        config = configuration(_lse.CONFIGS, width, query)
-        _lse.lse_kernel[(triton.cdiv(queries, config.rows) * batch * heads,)](
-            query, key, lse, *rows, *strides, *sizes, **flags,
-            BLOCK_M=config.rows, BLOCK_N=config.columns, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    config = configuration(CONFIGS, width, query)
+
+        def run_lse(tile: Config) -> None:
+            _lse.lse_kernel[(triton.cdiv(queries, tile.rows) * batch * heads,)](
+                query, key, lse, *rows, *strides, *sizes, **flags,
+                BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        launch("lse", _lse.CONFIGS, _lse.CANDIDATES, query, shape, run_lse)
     splits = max(1, WANTED_HEADS // heads)
     partial = query.new_empty((batch, heads, splits, tokens), dtype=torch.float32)
     weight = None if query_weight is None else query_weight.float().contiguous()
-    _scores_kernel[(triton.cdiv(tokens, config.columns) * batch * heads, splits)](
-        query, key, lse, weight, *rows, partial, *strides, *sizes, **flags,
-        HAS_WEIGHT=weight is not None, SPLITS=splits, SCAN=SCAN,
-        BLOCK_M=config.rows, BLOCK_N=config.columns, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+
+    def run_scores(tile: Config) -> None:
+        _scores_kernel[(triton.cdiv(tokens, tile.columns) * batch * heads, splits)](
+            query, key, lse, weight, *rows, partial, *strides, *sizes, **flags,
+            HAS_WEIGHT=weight is not None, SPLITS=splits, SCAN=SCAN,
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    launch("scores", CONFIGS, CANDIDATES, query, shape, run_scores)
     scores = query.new_empty((batch, kv_heads, tokens), dtype=torch.float32)
     _sum_kernel[(triton.cdiv(tokens, SUM_BLOCK) * batch * kv_heads,)](
         partial, key_start, scores, kv_heads, heads // kv_heads * splits, tokens, HAS_START=key_start is not None,
