@@ -140,8 +140,8 @@ def scoring() -> str:
     return (
         f"In %, policy `lookm`, the {count} answers and the prompts of `lookm demo --seed {result['seed']}` (in "
         "brackets: names after, names before their pictures). Kept alike: tokens kept of those that the attention of "
-        "all queries keeps, mean over rows, heads and layers (in brackets: without the recent tokens, which any scoring "
-        f"keeps).\n\n{markdown(header, rows)}\n\n"
+        "all queries keeps, mean over rows, heads and layers (in brackets: without the recent tokens, which any "
+        f"scoring keeps).\n\n{markdown(header, rows)}\n\n"
         f"Text queries alone lose {min(text):.0f} to {max(text):.0f} points of exact match here; no sample and no "
         f"8-bit score loses more than {max(others):.1f} (one answer is {100 / count:.1f} points)."
     )
