@@ -14,6 +14,7 @@ from families import FAMILIES
 from transformers import DynamicCache
 
 from lookm import POLICIES, LookMCache
+from lookm.layer import LookMLayer
 from lookm.masks import left_padding, scoring_mask, stored_mask, visible
 
 QWEN = FAMILIES["qwen3"]
@@ -165,6 +166,23 @@ def test_a_4d_mask_of_ones_own_decides_who_is_scored(policy: str):
         expected = score.topk(4, dim=-1).indices.sort(dim=-1).values
         assert torch.equal(cache.kept_positions(0).long(), expected)
     assert not torch.equal(*[cache.kept_positions(0) for cache in caches])
+
+
+def test_each_layer_may_have_a_4d_mask_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """What the first layer of a forward found out is not taken for another mask's."""
+    model, cache = QWEN.model(), LookMCache(QWEN.model(), budget=0.5)
+    masks = [bools("0" * pads + "1" * (24 - pads))[:, None, None].expand(1, 1, 24, -1) for pads in (0, 4, 8)]
+
+    def with_own_mask(self, inner, module, query, key, value, mask, **arguments):
+        return original(self, inner, module, query, key, value, masks[module.layer_idx], **arguments)
+
+    original = LookMLayer.attend
+    monkeypatch.setattr(LookMLayer, "attend", with_own_mask)
+    with torch.no_grad():
+        ids = torch.tensor([QWEN.prompt((24,)).ids])
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool), past_key_values=cache)
+    assert [cache.kept_positions(layer).shape[2] for layer in range(3)] == [12, 10, 8]
+    assert [int(cache.kept_positions(layer).min()) >= pads for layer, pads in enumerate((0, 4, 8))] == [True] * 3
 
 
 @torch.no_grad()
