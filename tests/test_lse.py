@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from transformers import DynamicCache
 
 import lookm_kernels
 from lookm import LookMCache, plan
-from lookm.lse import LogSumExp
+from lookm.lse import Call, LogSumExp
 
 LLAVA, QWEN = FAMILIES["llava"], FAMILIES["qwen3"]
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "enable_grad": torch.enable_grad}
@@ -118,12 +120,21 @@ def test_the_shapes_of_other_ops(shape: tuple[int, ...]):
     """The efficient op pads the queries to a multiple of 32, cuDNN's adds a dimension."""
     query, key, _ = heads(torch.float32)
     stored, observed = torch.arange(float(torch.tensor(shape).prod())).view(shape), LogSumExp()
-    given = {"query": query, "key": key, "is_causal": True, "scale": None, "attn_bias": None, "dropout_p": 0.0}
-    observed.calls.append((given, stored))
-    lse = observed.of(query, key, True, 0.25)
-    assert torch.equal(lse, stored[:, :, :40].reshape(2, 4, 40))
-    observed.calls[0][0]["attn_bias"] = torch.zeros(40, 40)
+    call = Call(query.shape[:3], 40, True, 0.25, plain=True, lse=stored)
+    observed.calls = [call]
+    assert torch.equal(observed.of(query, key, True, 0.25), stored[:, :, :40].reshape(2, 4, 40))
+    observed.calls = [replace(call, plain=False)]
     assert observed.of(query, key, True, 0.25) is None
+
+
+def test_nothing_large_is_held():
+    query, key, value = heads(torch.float32, kv_heads=4)
+    alive = weakref.ref(key)
+    with torch.no_grad(), LogSumExp() as observed:
+        scaled_dot_product_attention(query, key, value, is_causal=True)
+    del key
+    assert alive() is None
+    assert len(observed.calls) == 1
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])

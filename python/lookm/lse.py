@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +24,27 @@ FUSED = {
 }
 
 
+@dataclass(frozen=True)
+class Call:
+    """What one op computed: lse of queries of shape [B, Hq, M] over `keys` tokens; plain: no mask, no dropout.
+
+    The tensors it was given are not held: they may be copies as large as the prompt.
+    """
+
+    shape: torch.Size
+    keys: int
+    causal: bool
+    scale: float
+    plain: bool
+    lse: Tensor
+
+
 class LogSumExp(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees which fused attention ops run inside; the ops themselves, and so what they return, stay what they are."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[dict[str, Any], Tensor]] = []
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,7 +60,16 @@ class LogSumExp(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if "compute_log_sumexp" in given:
             given["compute_log_sumexp"] = True
         output = func(**given)
-        self.calls.append((given, output[1].detach()))
+        self.calls.append(
+            Call(
+                shape=given["query"].shape[:3],
+                keys=given["key"].shape[2],
+                causal=given["is_causal"],
+                scale=given["query"].shape[-1] ** -0.5 if given["scale"] is None else given["scale"],
+                plain=given.get("attn_bias") is None and given.get("attn_mask") is None and given["dropout_p"] == 0,
+                lse=output[1].detach(),
+            )
+        )
         return output
 
     def of(self, query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor | None:
@@ -55,21 +80,17 @@ class LogSumExp(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if len(self.calls) != 1:
             return None
-        given, lse = self.calls[0]
-        shape, keys = query.shape[:3], key.shape[2]
-        used = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+        (call,), queries = self.calls, query.shape[2]
         same = (
-            given["query"].shape[:3] == shape
-            and given["key"].shape[2] == keys
-            and given["is_causal"] == causal
+            call.shape == query.shape[:3]
+            and call.keys == key.shape[2]
+            and call.causal == causal
             # causal of fewer queries than keys is aligned to the first key there, to the last one here
-            and (not causal or shape[2] == keys)
-            and math.isclose(used, scale, rel_tol=1e-6)
-            and given.get("attn_bias") is None
-            and given.get("attn_mask") is None
-            and given["dropout_p"] == 0
+            and (not causal or queries == call.keys)
+            and math.isclose(call.scale, scale, rel_tol=1e-6)
+            and call.plain
         )
         # some pad the queries, some add a last dimension of one
-        lse = lse.squeeze(-1)[:, :, : shape[2]] if lse.ndim == 4 else lse[:, :, : shape[2]]
+        lse = (call.lse.squeeze(-1) if call.lse.ndim == 4 else call.lse)[:, :, :queries]
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return lse if same and lse.shape == shape and lse.dtype == dtype else None
+        return lse if same and lse.shape == call.shape and lse.dtype == dtype else None
