@@ -39,7 +39,7 @@ class Step(NamedTuple):
     name: str
     command: list[str]
     limit: int
-    environment: dict[str, str] = {}
+    environment: dict[str, str] | None = None
     missing: str | None = None
 
 
@@ -63,10 +63,10 @@ def steps(folder: Path) -> list[Step]:
     return found
 
 
-def environment(extra: dict[str, str]) -> dict[str, str]:
+def environment(extra: dict[str, str] | None) -> dict[str, str]:
     """The package from the checkout, wheels before what is installed."""
     paths = [str(ROOT), str(ROOT / "python"), str(SITE), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **extra}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
 def wait(step: Step, output: IO[str]) -> int | None:

@@ -1,0 +1,183 @@
+"""The benchmarks' own code: floors, targets, tables and plot from made-up results, and the runner of `make gpu`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import gpu
+import pytest
+import report
+import work
+from targets import CPU_TARGETS, GPU_TARGETS, Target
+
+ATTENTION = {"batch": 1, "heads": 32, "kv_heads": 8, "tokens": 32768, "width": 128}
+
+
+def record(rows: list[dict[str, Any]], targets: dict[str, Any]) -> dict[str, Any]:
+    """A result file as timing.Record writes it."""
+    return {
+        "benchmark": "scores",
+        "device": "Made-up GPU",
+        "dtype": "bfloat16",
+        "versions": {"torch": "9.9", "triton": None},
+        "gpu": {"clocks.sm": "1980 MHz"},
+        "ceilings": {"bytes_per_s": 4e12, "flops_per_s": 800e12},
+        "rows": rows,
+        "targets": targets,
+    }
+
+
+def row(what: str, by: str, seconds: float) -> dict[str, Any]:
+    """A timed row that does 400 TFLOP/s and half a TB/s."""
+    rates = {"flops_per_s": 400e12, "bytes_per_s": 0.5e12, "flops_share": 0.5, "bytes_share": 0.125}
+    return {"what": what, "by": by, "shape": ATTENTION, "seconds": seconds, "flops": 1.0, "bytes": 1.0, **rates}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder of results with one GPU that ran one benchmark: a met target, a missed one, a peer that is missing."""
+    missing = {"what": "scores, without LSE", "by": "flash-colreduce", "shape": ATTENTION, "missing": "not installed"}
+    rows = [row("scores, LSE given", report.OURS, 0.009), row("attention forward", "SDPA flash", 0.015), missing]
+    targets = {name: GPU_TARGETS[name].result(value) for name, value in (("scores_rate", 488), ("scores_sdpa", 0.6))}
+    (tmp_path / "made-up").mkdir()
+    (tmp_path / "made-up" / "scores.json").write_text(json.dumps(record(rows, targets)))
+    steps = {"tests": {"outcome": "ok"}, "memcheck": {"outcome": "failed: 1"}}
+    (tmp_path / "made-up" / "gpu.json").write_text(json.dumps({"tests": {"tests": 550, "failures": 0}, "steps": steps}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_pairs_are_those_a_causal_mask_shows(tokens: int) -> None:
+    assert work.causal_pairs(2, 3, tokens) == 6 * sum(query >= key for query in range(tokens) for key in range(tokens))
+
+
+def test_the_floor_of_scores_is_one_product_a_pass() -> None:
+    one, two = (work.scores(**ATTENTION, passes=passes) for passes in (1, 2))
+    assert one.flops == 2 * 128 * 32 * 32768 * 32769 // 2
+    assert (two.flops, two.exponentials) == (2 * one.flops, 2 * one.exponentials)
+    assert work.attention(**ATTENTION).flops == 2 * one.flops
+    parts = one.seconds()
+    assert parts["matrix"] == pytest.approx(one.flops / 790e12)
+    # 2 D = 256 operations an exponential: the matrix units need longer, by this much
+    assert parts["matrix"] / parts["exponentials"] == pytest.approx(256 / 790e12 * 16 * 132 * 1.98e9)
+    assert max(parts, key=lambda part: parts[part]) == "matrix"
+
+
+def test_merging_reads_every_row_once_and_writes_the_kept() -> None:
+    done = work.merging(batch=2, heads=3, tokens=10, keep=4, width=8)
+    assert done.bytes == 2 * (2 * 3 * (10 + 4) * 8) * work.BF16
+    assert done.flops == 2 * 3 * (2 * 8 * 4 * 6 + 2 * 8 * 10 * 2)
+
+
+@pytest.mark.parametrize(("at_most", "met"), [(True, (True, True, False)), (False, (False, True, True))])
+def test_a_target_includes_its_limit(at_most: bool, met: tuple[bool, ...]) -> None:
+    target = Target("scores", "made up", at_most, 2, "x")
+    assert tuple(target.met(value) for value in (1.9, 2, 2.1)) == met
+    assert target.result(2.1) == {"target": "<= 2x" if at_most else ">= 2x", "measured": 2.1, "met": met[2]}
+
+
+def test_targets_of_the_design_are_all_there() -> None:
+    assert len(GPU_TARGETS) == 11
+    assert {target.benchmark for target in GPU_TARGETS.values()} == set(gpu.BENCHMARKS)
+    assert set(CPU_TARGETS) <= set(report.read("reference.json"))
+
+
+def test_target_table_tells_met_from_missed_and_absent(results: Path) -> None:
+    (device,) = report.devices(results)
+    lines = report.target_table([device]).splitlines()
+    assert lines[0] == "| what | target | Made-up GPU |"
+    cells = dict(zip(GPU_TARGETS, (line.split(" | ")[-1].removesuffix(" |") for line in lines[2:]), strict=True))
+    assert cells["scores_rate"] == "488 TFLOP/s, met"
+    assert cells["scores_sdpa"] == "**0.6, missed**"
+    assert cells["select_time"] == report.NOT_YET
+    assert report.NOT_YET in report.target_table([])
+
+
+def test_device_tables_show_rates_and_what_is_missing(results: Path) -> None:
+    (device,) = report.devices(results)
+    text = report.device_tables(device)
+    assert "torch 9.9; clocks.sm 1980 MHz. Ceilings measured in this run: 4 TB/s, 800 TFLOP/s." in text
+    assert "Tests on the GPU: 550 tests, 0 failures. Steps of `make gpu`: tests ok; memcheck failed: 1." in text
+    assert "| 9 ms | 400 (50 %) | 0.5 (12 %) |  |" in text
+    assert "| flash-colreduce |" in text
+    assert "| not installed |" in text
+
+
+def test_plot_fills_what_is_measured(results: Path, tmp_path: Path) -> None:
+    found = report.devices(results)
+    placed = report.points(found)
+    assert {point.label for point in placed if point.measured} == {
+        "scores, LSE given (Made-up GPU)",
+        "attention forward (Made-up GPU)",
+    }
+    floor = next(point for point in placed if point.label == "merge")
+    assert floor.flops_per_s == pytest.approx(floor.intensity * work.H200_BYTES_PER_S)
+    file = tmp_path / "plot.svg"
+    file.write_text(report.roofline(placed, 4e12, 800e12))
+    circles = list(ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}circle"))
+    assert [circle.get("fill") == "white" for circle in circles] == [not point.measured for point in placed]
+    # both points do the same rate: the same height, inside the frame
+    heights = {circle.get("cy") for circle in circles if circle.get("fill") != "white"}
+    assert len(heights) == 1
+    assert all(70 <= float(circle.get("cx", 0)) <= 550 for circle in circles)
+
+
+def test_a_failed_step_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(name: str, code: str, limit: int = 20, missing: str | None = None) -> gpu.Step:
+        return gpu.Step(name, [sys.executable, "-c", code], limit, {"GIVEN": "yes"}, missing)
+
+    child = "import os, subprocess; print(os.getpid(), flush=True); subprocess.run(['sleep', '60'])"
+    planned = [
+        step("breaks", "raise SystemExit(3)"),
+        step("finds", f"raise SystemExit({gpu.FINDINGS})"),
+        step("hangs", child, limit=1),
+        step("absent", "", missing="no such tool"),
+        step("works", "import os, lookm, lookm_kernels; print('hello', os.environ['GIVEN'])"),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda folder: planned)
+    start = time.monotonic()
+    assert gpu.main(tmp_path) == 1
+    assert time.monotonic() - start < 30
+    outcomes = {
+        name: result["outcome"] for name, result in json.loads((tmp_path / "gpu.json").read_text())["steps"].items()
+    }
+    assert outcomes == {
+        "breaks": "failed: 3",
+        "finds": "failed: the sanitizer found something",
+        "hangs": "failed: longer than 1 s",
+        "absent": "missing: no such tool",
+        "works": "ok",
+    }
+    log = (tmp_path / "gpu.log").read_text()
+    assert "hello yes" in log
+    hung = int(log.split("===== hangs")[1].splitlines()[1])
+    with pytest.raises(ProcessLookupError):
+        os.killpg(hung, 0)
+    assert "failed: breaks, finds, hangs; see" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "steps", lambda folder: planned[-2:])
+    assert gpu.main(tmp_path) == 0
+
+
+def test_steps_fit_into_nine_minutes_and_few_files(tmp_path: Path) -> None:
+    planned = gpu.steps(tmp_path)
+    assert [step.name for step in planned][: 1 + len(gpu.BENCHMARKS)] == ["tests", *gpu.BENCHMARKS]
+    assert sum(step.limit for step in planned) < 540
+    assert len({"gpu.json", "gpu.log", "gpu-tests.xml"} | {f"{name}.json" for name in gpu.BENCHMARKS}) <= 8
+    for step in planned:
+        scripts = [part for part in step.command if part.endswith(".py")]
+        assert all((gpu.ROOT / script).exists() for script in scripts), step.name
+
+
+def test_counts_of_the_tests(tmp_path: Path) -> None:
+    assert gpu.test_counts(tmp_path / "none.xml") == {}
+    file = tmp_path / "gpu-tests.xml"
+    file.write_text('<testsuites><testsuite tests="7" failures="1" errors="0" skipped="2"/></testsuites>')
+    assert gpu.test_counts(file) == {"tests": 7, "failures": 1, "errors": 0, "skipped": 2}
