@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN ?= $(VENV)/bin
 OUT ?= out
 OLDEST := .venv-oldest
-OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch)
+OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch fp8 autotune)
 
 .PHONY: demo test test-oldest lint format bench gpu clean help
 

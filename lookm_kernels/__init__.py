@@ -8,6 +8,7 @@ from lookm_kernels._dispatch import use_backend
 from lookm_kernels._version import __version__ as __version__
 from lookm_kernels.compact import compact_
 from lookm_kernels.compress import compress_
+from lookm_kernels.fp8 import quantize_heads
 from lookm_kernels.merge import merge_
 from lookm_kernels.nearest import nearest_kept
 from lookm_kernels.rules import merge_weights, register_rule
@@ -21,6 +22,7 @@ __all__ = [
     "merge_",
     "merge_weights",
     "nearest_kept",
+    "quantize_heads",
     "register_rule",
     "rules",
     "select_tokens",

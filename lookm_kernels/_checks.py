@@ -9,6 +9,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SCORE_DTYPES = (torch.float32, torch.float64)
+FP8 = torch.float8_e4m3fn
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lookm_kernels._checks import FP8
 
 BACKENDS = ("cuda", "triton", "reference")
 # what the tables of configurations in triton/ cover
@@ -26,14 +30,21 @@ def why_missing(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        if not torch.cuda.is_available():
             return "torch sees no GPU"
+        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            return "the GPU is older than compute capability 8.0"
     return None
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the `with` block on one backend, on tensors of any device.
+
+    Without it the Triton kernels run on a GPU, for all they take (not float64, heads of up to 512, float8 from compute
+    capability 8.9 on), and the reference for everything else.
 
     ValueError for an unknown backend, RuntimeError with the reason for one that is missing here; an op raises
     ValueError for tensors that the backend does not take.
@@ -56,19 +67,41 @@ def why_only_reference(*tensors: Tensor) -> str | None:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "float64, which the other backends are tested against, is the reference's alone"
     width = tensors[0].shape[-1] if tensors[0].ndim == 4 else 0
-    return f"a head dimension of {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else None
+    if width > WIDEST_HEAD:
+        return f"a head dimension of {width} is above {WIDEST_HEAD}"
+    if tensors[0].dtype == FP8 and not _multiplies_float8(tensors[0].device):
+        return "the GPU does not multiply float8_e4m3fn: compute capability 8.9 does"
+    return None
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
+def default_backend(device: str) -> str:
+    """The backend of a type of device: Triton on a GPU, else the reference. Warns once of a GPU that has no Triton."""
+    if device != "cuda":
+        return "reference"
+    reason = why_missing("triton")
+    if reason is not None:
+        warnings.warn(f"lookm_kernels: the slow reference runs, backend triton is missing: {reason}", stacklevel=2)
+    return "triton" if reason is None else "reference"
 
 
 def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]:
     """The function `op` of file `module` of the backend for `tensors`.
 
-    The reference unless use_backend chose another: the Triton kernels are not yet proved on a GPU. ValueError for
-    tensors the chosen backend does not take.
+    The one that use_backend chose, ValueError for tensors it does not take; else the device's default, or the reference
+    for what that does not take.
     """
-    backend = _forced or "reference"
+    backend = _forced or default_backend(tensors[0].device.type)
     reason = None if backend == "reference" else why_only_reference(*tensors)
-    if reason is not None:
+    if reason is not None and _forced:
         raise ValueError(f"backend {backend}: {reason}")
+    backend = backend if reason is None else "reference"
     function: Callable[..., Any] = getattr(importlib.import_module(f"lookm_kernels.{backend}.{module}"), op)
     return function
 

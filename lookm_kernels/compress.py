@@ -11,7 +11,7 @@ from torch import Tensor
 from lookm_kernels._checks import check_call, check_device, check_shape
 from lookm_kernels._dispatch import implementation, register
 from lookm_kernels.merge import check_apart, check_key_value
-from lookm_kernels.rules import check_rule
+from lookm_kernels.rules import check_rule, merge_weights
 from lookm_kernels.select import check_selection, check_tier_values, per_row
 
 
@@ -57,12 +57,22 @@ def _check(
     check_rule(rule, gate)
 
 
-def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, *settings: Any) -> Tensor:
-    _check(key, value, scores, tier, *settings)
+def _run(
+    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], rule: str, gate: str | None
+) -> Tensor:
+    _check(key, value, scores, tier, keep, rule, gate)
     check_apart(key, value)
     check_tier_values(tier)
-    run = implementation("compress_", "compress", key, scores)
-    return run(key, value, scores, tier, *settings)  # type: ignore[no-any-return]
+    lists: tuple[Tensor, Tensor] = implementation("select_tokens", "select", scores)(scores, tier, keep)
+    kept, evicted = lists
+    # "none" changes no kept row: its pivots need not be found
+    if rule != "none":
+        pivot, similarity = implementation("nearest_kept", "nearest", key)(key, kept, evicted)
+        weights = merge_weights(rule, similarity, pivot, kept, gate)
+        del similarity
+        implementation("merge_", "merge", key)(key, value, kept, evicted, pivot, *weights)
+    implementation("compact_", "compact", key)(key, value, kept)
+    return kept
 
 
 def _fake(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], *rule: Any) -> Tensor:

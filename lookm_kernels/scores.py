@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from lookm_kernels._checks import (
+    FLOAT_DTYPES,
+    FP8,
     SCORE_DTYPES,
     accumulation_dtype,
+    check_ascending,
     check_call,
     check_device,
+    check_indices,
     check_rows,
     check_shape,
     check_tensor,
@@ -31,18 +35,21 @@ def attention_scores(
     key_start: Tensor | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    query_position: Tensor | None = None,
+    head_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention each cached token received, per KV head (LOOK-M, section 3.2; H2O's accumulated score).
 
-        s[h, j] = sum over the G = Hq / H query heads of KV head h and over the queries i of
-                  query_weight[i] * softmax_j(scale * q_i . k_j + mask)
+        s[h, j] = sum over the G = Hq / H query heads g of KV head h and over the queries i of
+                  query_weight[i] * softmax_j(scale * head_scale[g] * q_i . k_j + mask)
 
     The attention matrix is never held as a whole.
 
     Args:
-        query: [B, Hq, M, D], after rotary embedding. Query i stands at position i + N - M (right-aligned), M <= N.
-        key: [B, H, N, D], as cached; same dtype as query (float16, bfloat16, float32 or float64).
-        scale: factor of the logits; D ** -0.5 by default.
+        query: [B, Hq, M, D], after rotary embedding. Query i stands at position i + N - M (right-aligned), M <= N,
+            unless query_position says otherwise.
+        key: [B, H, N, D], as cached; same dtype as query (float16, bfloat16, float32, float64 or float8_e4m3fn).
+        scale: factor of the logits, positive; D ** -0.5 by default.
         causal: a query sees no key after its own position.
         lse: [B, Hq, M] float32 (float64 for float64 inputs), natural-log sum of the exponentials of each query's
             visible logits, when known; computed otherwise.
@@ -51,17 +58,24 @@ def attention_scores(
             queries count 0.
         mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, in addition to causal and key_start.
         softcap: logits become softcap * tanh(logits / softcap), before the mask.
+        query_position: [B, M] int32, where each query stands among the N tokens: strictly ascending, -1 (first) for an
+            empty place, which counts 0. For queries picked out of a prompt: the time falls with their number.
+        head_scale: [B, Hq] float32 (or float64), a positive factor of a head's logits beside scale: what quantize_heads
+            divided float8 queries and keys by.
 
     Returns:
         [B, H, N] float32 (float64 for float64 inputs). A query that sees no key contributes nothing.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
-        ValueError: shapes, devices or head counts that do not fit, M > N, an empty tensor, softcap <= 0, key_start out
-            of range, or an input that requires a gradient.
+        ValueError: shapes, devices or head counts that do not fit, M > N, an empty tensor, scale or softcap <= 0,
+            key_start, query_position or head_scale out of range, or an input that requires a gradient.
     """
     check_call(query=query, key=key, lse=lse, query_weight=query_weight, key_start=key_start, mask=mask)
-    return torch.ops.lookm.attention_scores(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)  # type: ignore[no-any-return]
+    check_call(query_position=query_position, head_scale=head_scale)
+    return torch.ops.lookm.attention_scores(  # type: ignore[no-any-return]
+        query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale
+    )
 
 
 def _check(
@@ -74,9 +88,11 @@ def _check(
     key_start: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
+    query_position: Tensor | None,
+    head_scale: Tensor | None,
 ) -> None:
-    check_rows("query", query, "B Hq M D")
-    check_rows("key", key, "B H N D")
+    check_rows("query", query, "B Hq M D", (*FLOAT_DTYPES, FP8))
+    check_rows("key", key, "B H N D", (*FLOAT_DTYPES, FP8))
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     require(key.dtype == query.dtype, "key", f"{query.dtype} like `query`", key)
@@ -98,7 +114,15 @@ def _check(
         check_tensor("mask", mask, "B Hq M N", (torch.bool,))
         fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
         require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
+    require(scale is None or scale > 0, "scale", "positive or None", scale)
     require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
+    check_device("query", query, query_position=query_position, head_scale=head_scale)
+    if query_position is not None:
+        check_tensor("query_position", query_position, "B M", (torch.int32,))
+        check_shape("query_position", query_position, (batch, queries), "B M")
+    if head_scale is not None:
+        check_tensor("head_scale", head_scale, "B Hq", SCORE_DTYPES)
+        check_shape("head_scale", head_scale, (batch, heads), "B Hq")
 
 
 def _run(
@@ -111,14 +135,23 @@ def _run(
     key_start: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
+    query_position: Tensor | None,
+    head_scale: Tensor | None,
 ) -> Tensor:
-    _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)
+    _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale)
     if key_start is not None and key_start.device.type == "cpu":
         inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
         require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
+    if query_position is not None:
+        check_indices("query_position", query_position, key.shape[2])
+        check_ascending("query_position", query_position)
+    if head_scale is not None and head_scale.device.type == "cpu":
+        require(not bool((head_scale <= 0).any()), "head_scale", "positive", head_scale.min().item())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     run = implementation("attention_scores", "scores", query)
-    return run(query, key, scale, causal, lse, query_weight, key_start, mask, softcap)  # type: ignore[no-any-return]
+    return run(  # type: ignore[no-any-return]
+        query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale
+    )
 
 
 def _fake(query: Tensor, key: Tensor, *options: Any) -> Tensor:
@@ -128,7 +161,8 @@ def _fake(query: Tensor, key: Tensor, *options: Any) -> Tensor:
 
 register(
     "attention_scores(Tensor query, Tensor key, float? scale, bool causal, Tensor? lse, Tensor? query_weight, "
-    "Tensor? key_start, Tensor? mask, float? softcap) -> Tensor",
+    "Tensor? key_start, Tensor? mask, float? softcap, Tensor? query_position, "
+    "Tensor? head_scale) -> Tensor",
     _run,
     _fake,
 )

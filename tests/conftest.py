@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,21 +20,25 @@ settings.load_profile("interpreted" if INTERPRETED else "lookm")
 torch.set_num_threads(1)
 
 
-DEVICES = ["triton"] if INTERPRETED else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-reference")]
+DEVICES = ["triton"] if INTERPRETED else ["cpu", *ON_GPU]
 
 
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Every device the ops run on; under TRITON_INTERPRET=1 the CPU, on which the Triton kernels then run instead."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+    """Every device the ops run on, a GPU with its default backend, Triton, and with the reference.
+
+    Under TRITON_INTERPRET=1 the CPU, on which the Triton kernels then run instead.
+    """
+    place, _, backend = request.param.partition("-")
+    if place == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm GPU")
-    if request.param == "triton":
+    if place == "triton":
         if why_missing("triton"):
             pytest.skip(f"backend triton: {why_missing('triton')}")
-        with use_backend("triton"):
-            yield torch.device("cpu")
-    else:
-        yield torch.device(request.param)
+        place, backend = "cpu", "triton"
+    with use_backend(backend) if backend else nullcontext():
+        yield torch.device(place)
 
 
 @pytest.fixture(scope="module")

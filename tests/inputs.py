@@ -102,6 +102,8 @@ def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed:
             "key_start": torch.arange(batch, dtype=torch.int32, device=device),
             "mask": chance > -1,
             "softcap": 20.0,
+            "query_position": torch.tensor(batch * [[-1, 0, 2, 3, 5, 7, 8, 10, 12]], dtype=torch.int32, device=device),
+            "head_scale": 1 + random(seed + 6, batch, 2 * heads, device=device).abs(),
         }
     if op == "select_tokens":
         return {"scores": scores, "tier": tier, "keep": keep}

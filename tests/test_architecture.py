@@ -61,8 +61,10 @@ def test_an_op_knows_its_backends_through_the_dispatcher_only(op: str) -> None:
 
 def test_the_same_basename_is_the_same_op_in_every_folder() -> None:
     assert {path.stem for path in KERNELS.glob("*.py")} >= OPS
+    # compress_ is the others, one after the other
     for backend in ("reference", "triton"):
-        assert {path.stem for path in (KERNELS / backend).glob("*.py") if not path.stem.startswith("_")} == OPS
+        kernels = {path.stem for path in (KERNELS / backend).glob("*.py") if not path.stem.startswith("_")}
+        assert kernels == OPS - {"compress"}
 
 
 @pytest.mark.parametrize("path", files(LOOKM), ids=lambda path: str(path.relative_to(ROOT)))

@@ -76,6 +76,14 @@ BAD = (
         Bad("attention_scores", "key_start", first_set_to(14), ValueError, "from 0 to 13", "[0, 14]", reads=True),
         Bad("attention_scores", "mask", torch.Tensor.float, TypeError, "bool", "torch.float32 [2, 1, 9, 13]"),
         Bad("attention_scores", "mask", lambda x: x[..., :12], ValueError, "[2, 6, 9, 13]", "[2, 1, 9, 12]"),
+        Bad("attention_scores", "query_position", torch.Tensor.long, TypeError, "int32", "torch.int64 [2, 9]"),
+        Bad("attention_scores", "query_position", lambda x: x[:, :8], ValueError, "[2, 9]", "[2, 8]"),
+        Bad("attention_scores", "query_position", lambda x: x.flip(1), ValueError, "ascending", "[2, 9]", reads=True),
+        Bad("attention_scores", "query_position", first_set_to(13), ValueError, "-1 to 12", "13", reads=True),
+        Bad("attention_scores", "head_scale", torch.Tensor.half, TypeError, "float32", "torch.float16 [2, 6]"),
+        Bad("attention_scores", "head_scale", lambda x: x[:, :3], ValueError, "[B, Hq] = [2, 6]", "[2, 3]"),
+        Bad("attention_scores", "head_scale", first_set_to(0), ValueError, "positive", "0.0", reads=True),
+        Bad("attention_scores", "scale", constant(0.0), ValueError, "positive or None", "0.0"),
         Bad("attention_scores", "softcap", constant(0.0), ValueError, "positive or None", "0.0"),
     ]
     + [

@@ -21,13 +21,15 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
+from lookm_kernels._checks import FP8  # noqa: E402
 from lookm_kernels._dispatch import WIDEST_HEAD  # noqa: E402
-from lookm_kernels.triton import compact, merge, nearest, scores, select  # noqa: E402
+from lookm_kernels.triton import _configs, _lse, compact, merge, nearest, scores, select  # noqa: E402
 from lookm_kernels.triton._configs import row_bytes  # noqa: E402
 
 # the most shared memory that a block can have
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_86": (GPUTarget("cuda", 89, 32), 99 << 10),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
@@ -36,6 +38,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -44,6 +47,9 @@ TYPES = {
 MOST_SPILLED = 384
 BOUND_HOLDS = Version(triton.__version__) >= Version("3.9")
 WIDTHS = {torch.float16: [128], torch.bfloat16: [64, 128, 256, 512], torch.float32: [32, 64, 128, 256, 512]}
+FLOAT8_WIDTHS = [128, 256, 512]
+# float8_e4m3fn came with 8.9; gfx942 has another format
+FLOAT8_CHIPS = ("sm_86", "sm_90", "sm_100")
 BATCH, HEADS, TOKENS, KEPT = 2, 8, 32768, 6560
 
 
@@ -80,47 +86,52 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_all() -> None:
+def launch_all(float8: bool) -> None:
     """Every kernel of every launcher, on tensors without memory; each configuration with every flag that adds code."""
     start, weight = empty(BATCH, dtype=torch.int32), empty(BATCH, TOKENS)
     mask, lse = empty(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool), empty(BATCH, 4 * HEADS, TOKENS)
+    position, head_scale = empty(BATCH, TOKENS, dtype=torch.int32), empty(BATCH, 4 * HEADS)
+    every_flag = (0.1, True, None, weight, start, mask, 50.0, position, head_scale)
     kept, evicted = (empty(BATCH, HEADS, size, dtype=torch.int32) for size in (KEPT, TOKENS - KEPT))
     for dtype, widths in WIDTHS.items():
         for width in widths:
             query, key = (empty(BATCH, heads, TOKENS, width, dtype=dtype) for heads in (4 * HEADS, HEADS))
-            scores.attention_scores(query, key, 0.1, True, None, weight, start, mask, 50.0)
+            scores.attention_scores(query, key, *every_flag)
+            scores.attention_scores(query, key, 0.1, True, *[None] * 7)
             nearest.nearest_kept(key, kept, evicted)
             merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float())
             compact.compact_(key, key, kept)
-    query, key = (empty(1, heads, TOKENS, 128, dtype=torch.bfloat16) for heads in (32, 8))
-    scores.attention_scores(query, key, 0.1, True, None, None, None, None, None)
-    scores.attention_scores(query, key, 0.1, False, lse, None, None, None, None)
+    for width in FLOAT8_WIDTHS if float8 else []:
+        query, key = (empty(BATCH, heads, TOKENS, width, dtype=FP8) for heads in (4 * HEADS, HEADS))
+        scores.attention_scores(query, key, *every_flag)
+        scores.attention_scores(query, key, 0.1, False, lse, *[None] * 5, head_scale)
     for keep in ([KEPT], [KEPT] * BATCH):
         select.select_tokens(empty(BATCH, HEADS, TOKENS), empty(BATCH, TOKENS, dtype=torch.int32), keep)
     # sizes of 1 become constants
-    one = empty(1, 1, 1, 1)
-    scores.attention_scores(one, one, 0.1, True, None, None, None, None, None)
-    place = empty(1, 1, 1, dtype=torch.int32)
+    one, place = empty(1, 1, 1, 1), empty(1, 1, 1, dtype=torch.int32)
+    scores.attention_scores(one, one, 0.1, True, *[None] * 7)
     select.select_tokens(one[0], place[0], [1])
     nearest.nearest_kept(one, place, place)
     merge.merge_(one, one, place, place, place, one[0], one[0])
     compact.compact_(one, one, place)
 
 
-def launches() -> list[Launch]:
-    """What `launch_all` launches, each once."""
-    found: dict[str, Launch] = {}
+def launches() -> list[Any]:
+    """What `launch_all` launches on every chip, each once."""
+    found: dict[str, Any] = {}
+    for chip in TARGETS:
 
-    def record(kernel: Any, grid: tuple[int, ...]) -> Any:
-        def note(*arguments: Any, **options: Any) -> None:
-            rest = {name: options.pop(name) for name in kernel.arg_names if name in options}
-            launch = Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | rest, options)
-            found.setdefault(str(launch), launch)
+        def record(kernel: Any, grid: tuple[int, ...], chip: str = chip) -> Any:
+            def note(*arguments: Any, **options: Any) -> None:
+                rest = {name: options.pop(name) for name in kernel.arg_names if name in options}
+                launch = Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | rest, options)
+                name = f"{launch}-{chip}"
+                found.setdefault(name, pytest.param(launch, chip, id=name))
 
-        return note
+            return note
 
-    with patch.object(triton.JITFunction, "__getitem__", record):
-        launch_all()
+        with patch.object(triton.JITFunction, "__getitem__", record), patch.object(_configs, "chip", lambda _: chip):  # noqa: B023
+            launch_all(chip in FLOAT8_CHIPS)
     return list(found.values())
 
 
@@ -135,19 +146,21 @@ def spilled(kernel: CompiledKernel, folder: Path) -> int:
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launch", launches(), ids=str)
-def test_fits(launch: Launch, target: str, tmp_path: Path) -> None:
-    chip, shared = TARGETS[target]
-    kernel = launch.compiled(chip)
+@pytest.mark.parametrize(("launch", "chip"), launches())
+def test_fits(launch: Launch, chip: str, tmp_path: Path) -> None:
+    target, shared = TARGETS[chip]
+    kernel = launch.compiled(target)
     assert kernel.metadata.shared <= shared
     demanding = launch.arguments.get("HAS_MASK") or "-fp32-" in str(launch)
     assert not BOUND_HOLDS or spilled(kernel, tmp_path) <= (MOST_SPILLED if demanding else 0)
 
 
-@pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize("table", [scores.LSE_CONFIGS, scores.SCORES_CONFIGS, nearest.CONFIGS])
-def test_every_head_has_a_configuration(table: dict[int, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [*WIDTHS, FP8])
+@pytest.mark.parametrize("tables", [_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS])
+def test_every_head_has_a_configuration(tables: dict[str, dict[int, Any]], dtype: torch.dtype) -> None:
+    assert set(tables) == set(TARGETS)
     needed = {row_bytes(width, dtype) for width in range(1, WIDEST_HEAD + 1)}
-    assert needed <= set(table)
-    assert needed == {row_bytes(width, dtype) for width in WIDTHS[dtype]} or dtype == torch.float16
+    for table in tables.values():
+        assert needed <= set(table)
+    compiled = WIDTHS | {FP8: FLOAT8_WIDTHS}
+    assert needed == {row_bytes(width, dtype) for width in compiled[dtype]} or dtype == torch.float16

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import pytest
 import torch
 from inputs import OPS, arguments, public, random
 from torch import Tensor
 
-from lookm_kernels import attention_scores, nearest_kept
-from lookm_kernels._dispatch import BACKENDS, implementation, use_backend, why_missing
+from lookm_kernels import _dispatch, attention_scores, nearest_kept
+from lookm_kernels._checks import FP8
+from lookm_kernels._dispatch import BACKENDS, default_backend, implementation, use_backend, why_missing
 
 
 def module_of(tensor: Tensor) -> str:
@@ -25,6 +32,46 @@ def test_a_backend_can_be_forced_or_says_why_not(backend: str) -> None:
         with pytest.raises(RuntimeError, match=f"backend {backend} is missing: {reason}"), use_backend(backend):
             pass
     assert module_of(random(0, 1, 1, 2, 4)) == "lookm_kernels.reference.nearest"
+
+
+@pytest.fixture
+def gpu_with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the dispatcher would see on a GPU of compute capability 8.0, without one."""
+    monkeypatch.setattr(_dispatch, "why_missing", lambda backend: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    default_backend.cache_clear()
+    yield
+    default_backend.cache_clear()
+
+
+@pytest.mark.usefixtures("gpu_with_triton")
+@pytest.mark.parametrize(
+    ("dtype", "width", "backend"),
+    [
+        (torch.bfloat16, 128, "triton"),
+        (torch.float32, 512, "triton"),
+        (torch.float32, 513, "reference"),
+        (torch.float64, 128, "reference"),
+        (FP8, 128, "reference"),
+    ],
+)
+def test_a_gpu_runs_triton_for_what_it_takes(dtype: torch.dtype, width: int, backend: str) -> None:
+    on_gpu = SimpleNamespace(dtype=dtype, ndim=4, shape=(1, 1, 1, width), device=torch.device("cuda", 0))
+    chosen: list[str] = []
+    with patch.object(importlib, "import_module", lambda name: chosen.append(name) or SimpleNamespace(run=None)):
+        implementation("run", "scores", on_gpu)  # type: ignore[arg-type]
+    assert chosen == [f"lookm_kernels.{backend}.scores"]
+
+
+def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "why_missing", lambda backend: "the package triton is not installed")
+    default_backend.cache_clear()
+    with pytest.warns(UserWarning, match="backend triton is missing: the package triton is not installed"):
+        assert default_backend("cuda") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert default_backend("cuda") == "reference"
+    default_backend.cache_clear()
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -57,7 +57,7 @@ def test_opcheck(device: torch.device, op: str) -> None:
 
 def test_opcheck_of_the_defaults(device: torch.device) -> None:
     given = arguments("attention_scores", device)
-    defaults = (given["query"], given["key"], None, True, None, None, None, None, None)
+    defaults = (given["query"], given["key"], None, True, *[None] * 7)
     torch.library.opcheck(torch.ops.lookm.attention_scores.default, defaults)
 
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import EXACT, LAYOUTS, LOW_PRECISION, laid_out, random, same_bits
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lookm_kernels import attention_scores
+from lookm_kernels import attention_scores, quantize_heads
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -56,12 +57,44 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         rows, per_head = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
         call["mask"] = random(seed + 3, rows, per_head, queries, tokens) > draw(st.sampled_from([-1.0, 0.0, 1.0]))
+    if draw(st.booleans()):
+        call["head_scale"] = random(seed + 4, batch, heads, dtype=torch.float64).exp()
+    if draw(st.booleans()):
+        chance = random(seed + 5, batch, tokens)
+        used = [draw(st.integers(0, queries)) for _ in range(batch)]
+        places = [chance[row].argsort()[:count].sort().values for row, count in enumerate(used)]
+        call["query_position"] = torch.stack(
+            [pad(place, (queries - len(place), 0), value=-1) for place in places]
+        ).int()
     return call
+
+
+def spread(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call with a query at every token, in float64: those that were not given have weight 0."""
+    query, position, tokens = call["query"], call["query_position"].long(), call["key"].shape[2]
+    batch, heads, queries, width = query.shape
+    weight = call.get("query_weight", torch.ones(batch, queries, dtype=torch.float64)).where(position >= 0, 0.0)
+    everywhere = {
+        "query": torch.zeros(batch, heads, tokens, width, dtype=torch.float64),
+        "query_weight": torch.zeros(batch, tokens, dtype=torch.float64),
+    }
+    mask = call.get("mask", torch.ones(1, 1, queries, tokens, dtype=torch.bool))
+    everywhere["mask"] = torch.ones(batch, mask.shape[1], tokens, tokens, dtype=torch.bool)
+    for row in range(batch):
+        for i in range(queries):
+            if position[row, i] >= 0:
+                everywhere["query"][row, :, position[row, i]] = query[row, :, i]
+                everywhere["query_weight"][row, position[row, i]] = weight[row, i]
+                everywhere["mask"][row, :, position[row, i]] = mask[row % mask.shape[0], :, i]
+    return call | everywhere
 
 
 def by_loops(call: dict[str, Any]) -> Tensor:
     """The oracle, row by row without the padding."""
+    call = call if call.get("query_position") is None else spread(call)
     query, key = call["query"], call["key"]
+    if "head_scale" in call:
+        query = query * call["head_scale"][:, :, None, None]
     (batch, _, queries, width), tokens = query.shape, key.shape[2]
     scale = width**-0.5 if call["scale"] is None else call["scale"]
     scores = torch.zeros(key.shape[:3], dtype=torch.float64)
@@ -117,9 +150,10 @@ def test_no_less_exact_than_torch(device: torch.device, queries: int, tokens: in
 
 
 def test_large_logits_do_not_overflow(device: torch.device) -> None:
-    query, key = random(0, 1, 2, 9, 8, device=device) * 1e4, random(1, 1, 1, 9, 8, device=device) * 1e4
-    scores = attention_scores(query, key)
-    torch.testing.assert_close(scores, summed(materialised(query, key), 1))
+    """Of thousands, far beyond what exp takes; they are rounded to 2 ** -12, so attention is exact to a thousandth."""
+    query, key = random(0, 1, 2, 9, 8, device=device) * 30, random(1, 1, 1, 9, 8, device=device) * 30
+    exact = summed(materialised(query.double(), key.double()), 1).float()
+    torch.testing.assert_close(attention_scores(query, key), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_a_query_of_weight_zero_is_left_out(device: torch.device) -> None:
@@ -159,3 +193,41 @@ def test_padding_is_not_read(device: torch.device) -> None:
 def test_every_row_of_the_matrix_sums_to_one(device: torch.device) -> None:
     scores = attention_scores(random(0, 1, 6, 255, 64, device=device), random(1, 1, 3, 507, 64, device=device))
     torch.testing.assert_close(scores.sum(-1), torch.full((1, 3), 2.0 * 255, device=device))
+
+
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_picked_queries_are_as_good_as_weight_zero_elsewhere(device: torch.device, given_lse: bool) -> None:
+    """Rows that pick different numbers of queries, more than one block of them, and padding."""
+    query, key = random(0, 2, 4, 507, 8, device=device), random(1, 2, 2, 507, 8, device=device)
+    start = torch.tensor([0, 300], dtype=torch.int32, device=device)
+    lse = materialised(query, key).logsumexp(-1) if given_lse else None
+    chosen = (torch.arange(507, device=device) % torch.tensor([[2], [3]], device=device)) == 0
+    weight = 0.5 + random(2, 2, 507, device=device).abs()
+    options: dict[str, Any] = {"key_start": start, "scale": 0.5}
+    goal = attention_scores(query, key, lse=lse, query_weight=weight * chosen, **options)
+    position = torch.where(chosen, torch.arange(507, device=device), -1).sort(-1).values[:, -254:].int()
+    place = position.clamp(min=0).long()
+    picked = query.gather(2, place[:, None, :, None].expand(-1, 4, -1, 8))
+    picked_lse = None if lse is None else lse.gather(2, place[:, None].expand(-1, 4, -1))
+    options |= {"lse": picked_lse, "query_weight": weight.gather(1, place), "query_position": position}
+    scores = attention_scores(picked, key, **options)
+    torch.testing.assert_close(scores, goal, rtol=1e-5, atol=1e-5)
+    alone = {name: value[1:] if isinstance(value, Tensor) else value for name, value in options.items()}
+    assert same_bits(attention_scores(picked[1:], key[1:], **alone), scores[1:])
+
+
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float32])
+def test_float8_heads(device: torch.device, dtype: torch.dtype) -> None:
+    """The scores of what the quantized tensors stand for, whatever the size of a head; padding sets no scale."""
+    sizes = torch.tensor([1e-3, 1.0, 30.0, 1.0], device=device)[:, None, None]
+    query, key = random(0, 2, 4, 33, 16, device=device) * sizes, random(1, 2, 2, 33, 16, device=device) / sizes[::2]
+    query, key = query.to(dtype), key.to(dtype)
+    start = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    key[1, :, :5] = 1e4
+    (query8, query_scale), (key8, key_scale) = quantize_heads(query), quantize_heads(key, start)
+    key_scale = key_scale.repeat_interleave(2, 1)
+    scores = attention_scores(query8, key8, head_scale=query_scale * key_scale, key_start=start)
+    widened = query8.float() * query_scale[:, :, None, None], key8.float() * key_scale[:, ::2, None, None]
+    torch.testing.assert_close(scores, attention_scores(*widened, key_start=start), rtol=1e-4, atol=1e-4)
+    exact = attention_scores(query.float(), key.float(), key_start=start)
+    assert (scores - exact).norm() <= 0.1 * exact.norm()

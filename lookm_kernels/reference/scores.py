@@ -19,19 +19,25 @@ def attention_scores(
     key_start: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
+    query_position: Tensor | None,
+    head_scale: Tensor | None,
 ) -> Tensor:
     """See lookm_kernels.attention_scores. Row by row over its valid tokens: padding and other rows change no bit."""
     batch, queries, tokens = query.shape[0], query.shape[2], key.shape[2]
     scores = torch.zeros(key.shape[:3], dtype=accumulation_dtype(query.dtype), device=query.device)
     starts = [0] * batch if key_start is None else key_start.tolist()
     for row, start in enumerate(starts):
-        first = max(0, start - (tokens - queries))
         if start == tokens:
             continue
+        own = torch.arange(queries, device=query.device) + (tokens - queries)
+        position = (own if query_position is None else query_position[row].long()) - start
+        # they ascend: padding and empty places come first
+        first = int((position < 0).sum())
         scores[row, :, start:] = _row_scores(
             query[row, :, first:],
             key[row, :, start:],
-            scale,
+            position[first:],
+            scale if head_scale is None else scale * head_scale[row],
             causal,
             None if lse is None else lse[row, :, first:],
             None if query_weight is None else query_weight[row, first:],
@@ -44,14 +50,18 @@ def attention_scores(
 def _row_scores(
     query: Tensor,
     key: Tensor,
-    scale: float,
+    position: Tensor,
+    scale: float | Tensor,
     causal: bool,
     lse: Tensor | None,
     query_weight: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """query [Hq, M, D], key [H, N, D], lse [Hq, M], query_weight [M], mask [Hq or 1, M, N] -> [H, N]."""
+    """query [Hq, M, D], key [H, N, D], scale a number or [Hq], lse [Hq, M], mask [Hq or 1, M, N] -> [H, N].
+
+    position and query_weight: [M].
+    """
     heads, queries, width = query.shape
     kv_heads, tokens, _ = key.shape
     dtype = accumulation_dtype(query.dtype)
@@ -60,23 +70,25 @@ def _row_scores(
     used = torch.arange(queries, device=query.device) if query_weight is None else query_weight.nonzero()[:, 0]
     block = rows_per_block(heads * tokens)
     for begin in range(0, used.shape[0], block):
-        position = used[begin : begin + block]
-        rows = slice(begin, begin + block) if query_weight is None else position
-        position = position + (tokens - queries)
-        seen = int(position[-1]) + 1 if causal else tokens
+        rows = slice(begin, begin + block) if query_weight is None else used[begin : begin + block]
+        here = position[rows]
+        seen = int(here[-1]) + 1 if causal else tokens
         part = query[:, rows].to(dtype).reshape(kv_heads, -1, width)
-        logits = torch.baddbmm(scores.new_empty(()), part, key_columns[:, :, :seen], beta=0, alpha=scale)
+        alpha = scale if isinstance(scale, float) else 1.0
+        logits = torch.baddbmm(scores.new_empty(()), part, key_columns[:, :, :seen], beta=0, alpha=alpha)
         logits = logits.view(heads, -1, seen)
+        if isinstance(scale, Tensor):
+            logits *= scale[:, None, None]
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if causal:
-            first = int(position[0]) + 1
-            future = torch.arange(first, seen, device=query.device) > position[:, None]
+            first = int(here[0]) + 1
+            future = torch.arange(first, seen, device=query.device) > here[:, None]
             logits[:, :, first:].masked_fill_(future, float("-inf"))
         if mask is not None:
             logits.masked_fill_(~mask[:, rows, :seen], float("-inf"))
         attention = _attention(logits, mask is not None, None if lse is None else lse[:, rows, None].to(dtype))
-        weight = torch.ones(len(position), dtype=dtype, device=query.device)
+        weight = torch.ones(len(here), dtype=dtype, device=query.device)
         if query_weight is not None:
             weight = query_weight[rows].to(dtype)
         summed = weight.repeat(heads // kv_heads).expand(kv_heads, 1, -1) @ attention.view(kv_heads, -1, seen)

@@ -1,12 +1,17 @@
-"""Block sizes: what a configuration is, and how head sizes are padded to it."""
+"""Block sizes: what a configuration is, and which one a chip and a head size get."""
 
 from __future__ import annotations
 
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -24,6 +29,11 @@ class Config(NamedTuple):
     stages: int
 
 
+Table = dict[str, dict[int, Config]]
+Run = Callable[[Config], None]
+_fastest: dict[tuple[object, ...], Config] = {}
+
+
 def padded_width(width: int) -> int:
     """Head dimension rounded up to a power of two that the matrix units take."""
     return max(16, 1 << (width - 1).bit_length())
@@ -32,3 +42,44 @@ def padded_width(width: int) -> int:
 def row_bytes(width: int, dtype: torch.dtype) -> int:
     """Bytes of a padded row, at least 128: what the tables of configurations are keyed by, up to 2048."""
     return max(128, padded_width(width) * dtype.itemsize)
+
+
+def launch(
+    kernel: str, table: Table, candidates: Sequence[Config], tensor: Tensor, sizes: tuple[int, ...], run: Run
+) -> None:
+    """Run a kernel, `run(config)`, with the table's tile for the head size of `tensor` [..., D] and its device's chip.
+
+    With LOOKM_AUTOTUNE=1 with the fastest of that tile and the candidates, timed once for every dtype and `sizes` (all
+    that the time depends on). Only for kernels that write nothing they read, as they run many times then. Tiles add in
+    different orders: a process that measures another winner gives other last bits.
+    """
+    fixed = table[chip(tensor.device)][row_bytes(tensor.shape[-1], tensor.dtype)]
+    if os.environ.get("LOOKM_AUTOTUNE") != "1":
+        return run(fixed)
+    key = (kernel, tensor.device, tensor.dtype, tensor.shape[-1], *sizes)
+    if key not in _fastest:
+        times = {config: _time(run, config) for config in dict.fromkeys((fixed, *candidates))}
+        _fastest[key] = min(times, key=lambda config: times[config])
+    return run(_fastest[key])
+
+
+def _time(run: Run, config: Config) -> float:
+    """Milliseconds, infinity for a tile that the chip has no room for."""
+    try:
+        return float(triton.testing.do_bench(lambda: run(config), return_mode="median"))
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """The line of a table: the newest chip that is not newer than the device's. Off a GPU (interpreted): sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    # 8.6, 8.9 and 12 have the shared memory of a small chip
+    if major == 12 or (major == 8 and minor in (6, 9)):
+        return "sm_86"
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")

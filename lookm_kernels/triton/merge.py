@@ -130,7 +130,6 @@ def merge_(
     ordered, order = torch.where(merges, pivot, kept_size).sort(dim=-1, stable=True)
     places = torch.arange(kept_size + 1, dtype=torch.int32, device=key.device).expand(batch, heads, -1).contiguous()
     starts = torch.searchsorted(ordered, places, out_int32=True)
-    order = order.int()
     tiles = max(1, evicted_size // TILE)
     widths = (key.shape[3], value.shape[3])
     sums = key.new_empty((batch, heads, tiles, sum(widths)), dtype=torch.float32)
