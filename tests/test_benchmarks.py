@@ -13,7 +13,9 @@ from xml.etree import ElementTree
 import gpu
 import pytest
 import report
+import tables
 import work
+from roofline import roofline
 from targets import CPU_TARGETS, GPU_TARGETS, Target
 
 ATTENTION = {"batch": 1, "heads": 32, "kv_heads": 8, "tokens": 32768, "width": 128}
@@ -43,7 +45,7 @@ def row(what: str, by: str, seconds: float) -> dict[str, Any]:
 def results(tmp_path: Path) -> Path:
     """A folder of results with one GPU that ran one benchmark: a met target, a missed one, a peer that is missing."""
     missing = {"what": "scores, without LSE", "by": "flash-colreduce", "shape": ATTENTION, "missing": "not installed"}
-    rows = [row("scores, LSE given", report.OURS, 0.009), row("attention forward", "SDPA flash", 0.015), missing]
+    rows = [row("scores, LSE given", tables.OURS, 0.009), row("attention forward", "SDPA flash", 0.015), missing]
     targets = {name: GPU_TARGETS[name].result(value) for name, value in (("scores_rate", 488), ("scores_sdpa", 0.6))}
     (tmp_path / "made-up").mkdir()
     (tmp_path / "made-up" / "scores.json").write_text(json.dumps(record(rows, targets)))
@@ -89,19 +91,19 @@ def test_targets_of_the_design_are_all_there() -> None:
 
 
 def test_target_table_tells_met_from_missed_and_absent(results: Path) -> None:
-    (device,) = report.devices(results)
-    lines = report.target_table([device]).splitlines()
+    (device,) = tables.devices(results)
+    lines = tables.target_table([device]).splitlines()
     assert lines[0] == "| what | target | Made-up GPU |"
     cells = dict(zip(GPU_TARGETS, (line.split(" | ")[-1].removesuffix(" |") for line in lines[2:]), strict=True))
     assert cells["scores_rate"] == "488 TFLOP/s, met"
     assert cells["scores_sdpa"] == "**0.6, missed**"
-    assert cells["select_time"] == report.NOT_YET
-    assert report.NOT_YET in report.target_table([])
+    assert cells["select_time"] == tables.NOT_YET
+    assert tables.NOT_YET in tables.target_table([])
 
 
 def test_device_tables_show_rates_and_what_is_missing(results: Path) -> None:
-    (device,) = report.devices(results)
-    text = report.device_tables(device)
+    (device,) = tables.devices(results)
+    text = tables.device_tables(device)
     assert "torch 9.9; clocks.sm 1980 MHz. Ceilings measured in this run: 4 TB/s, 800 TFLOP/s." in text
     assert "Tests on the GPU: 550 tests, 0 failures. Steps of `make gpu`: tests ok; memcheck failed: 1." in text
     assert "| 9 ms | 400 (50 %) | 0.5 (12 %) |  |" in text
@@ -110,8 +112,8 @@ def test_device_tables_show_rates_and_what_is_missing(results: Path) -> None:
 
 
 def test_plot_fills_what_is_measured(results: Path, tmp_path: Path) -> None:
-    found = report.devices(results)
-    placed = report.points(found)
+    found = tables.devices(results)
+    placed = tables.points(found)
     assert {point.label for point in placed if point.measured} == {
         "scores, LSE given (Made-up GPU)",
         "attention forward (Made-up GPU)",
@@ -119,7 +121,7 @@ def test_plot_fills_what_is_measured(results: Path, tmp_path: Path) -> None:
     floor = next(point for point in placed if point.label == "merge")
     assert floor.flops_per_s == pytest.approx(floor.intensity * work.H200_BYTES_PER_S)
     file = tmp_path / "plot.svg"
-    file.write_text(report.roofline(placed, 4e12, 800e12))
+    file.write_text(roofline(placed, 4e12, 800e12))
     circles = list(ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}circle"))
     assert [circle.get("fill") == "white" for circle in circles] == [not point.measured for point in placed]
     # both points do the same rate: the same height, inside the frame

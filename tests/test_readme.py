@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import report
 import torch
 from families import FAMILIES
-from targets import CPU_TARGETS
 from typer.testing import CliRunner
 
 from lookm import LookMCache
@@ -21,14 +21,22 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("file", report.SECTIONS)
-def test_generated_sections_are_up_to_date(file: str) -> None:
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return importlib.import_module("report")
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "benchmarks/quality/README.md"]
+)
+def test_generated_sections_are_up_to_date(generator: ModuleType, file: str) -> None:
     text = (ROOT / file).read_text()
-    assert report.render(file, text) == text
+    assert file in generator.SECTIONS
+    assert generator.render(file, text) == text
 
 
-def test_the_plot_is_up_to_date() -> None:
-    assert report.ROOFLINE.read_text() == report.draw()
+def test_the_plot_is_up_to_date(generator: ModuleType) -> None:
+    assert generator.ROOFLINE.read_text() == generator.draw()
 
 
 def test_the_demo_model_reached_its_target() -> None:
@@ -40,14 +48,15 @@ def test_the_demo_model_reached_its_target() -> None:
         assert all(row["answer"] >= 95 for row in record["held_out"])
 
 
-def test_recorded_costs_meet_their_targets() -> None:
-    record = report.read("reference.json")
-    assert all(target.met(record[name]) for name, target in CPU_TARGETS.items())
+def test_recorded_costs_meet_their_targets(generator: ModuleType) -> None:
+    record = generator.read("reference.json")
+    assert record["memory_ratio"] <= 1 / 8
+    assert record["time_ratio"] <= 1
 
 
-def test_a_missing_section_is_an_error() -> None:
+def test_a_missing_section_is_an_error(generator: ModuleType) -> None:
     with pytest.raises(SystemExit, match="one section 'demo', it has 0"):
-        report.render("README.md", README.replace("begin demo", "begin dem"))
+        generator.render("README.md", README.replace("begin demo", "begin dem"))
 
 
 def test_files_it_points_to_are_there() -> None:
