@@ -1,8 +1,7 @@
-"""Write the tables and the plot of the READMEs from the result files: python benchmarks/report.py
+"""Write the READMEs' tables and plot from the result files (a GPU's: tables.py): python benchmarks/report.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
 docs/kept.png), from `make bench` and from benchmarks/quality/train.py.
-Those of a GPU come from `make gpu`: see tables.py.
 """
 
 from __future__ import annotations
@@ -126,9 +125,9 @@ def training() -> str:
 
 
 SECTIONS = {
-    "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
     "benchmarks/README.md": {"targets": targets, "measured": measured},
     "benchmarks/NOTES.md": {"floors": floors},
+    "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
     "benchmarks/quality/README.md": {"training": training},
 }
 
