@@ -86,8 +86,13 @@ def captured(call: Call) -> tuple[Call, str]:
     return graph.replay, "graph"
 
 
-def measure(benchmark: BenchmarkFixture, calls: Sequence[Call], restore: Call | None = None) -> dict[str, Any]:
-    """Median seconds of one of `calls`, which run in turn; `restore` resets what they modify, outside the clock."""
+def measure(
+    benchmark: BenchmarkFixture, calls: Sequence[Call], restore: Call | None = None, warm: bool = False
+) -> dict[str, Any]:
+    """Median seconds of one of `calls`, which run in turn; `restore` resets what they modify, outside the clock.
+
+    They run once before the clock starts, unless they are `warm` already.
+    """
 
     def one_pass() -> None:
         for call in calls:
@@ -97,8 +102,9 @@ def measure(benchmark: BenchmarkFixture, calls: Sequence[Call], restore: Call | 
         if restore is not None:
             restore()
 
-    prepare()
-    one_pass()
+    if not warm:
+        prepare()
+        one_pass()
     prepare()
     estimate = timed(one_pass)
     region, how = one_pass, "events" if ON_GPU else "host clock"
