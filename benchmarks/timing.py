@@ -42,8 +42,6 @@ ROUNDS = (3, 50) if ON_GPU else (2, 2)
 MOST_SETS = 64
 Call = Callable[[], Any]
 
-# fresh inputs every run; the seed is in the record
-SEED = torch.seed()
 _worked = 0.0
 
 
@@ -187,7 +185,8 @@ class Record:
             "device": torch.cuda.get_device_name() if ON_GPU else platform.machine(),
             "backend": BACKEND,
             "dtype": str(DTYPE).removeprefix("torch."),
-            "seed": SEED,
+            # fresh inputs every run
+            "seed": torch.seed(),
             "versions": {
                 "lookm_kernels": lookm_kernels.__version__,
                 "python": platform.python_version(),
@@ -242,7 +241,9 @@ class Record:
     def write(self) -> None:
         """The whole record to RESULTS."""
         if RESULTS is not None:
-            file = Path(RESULTS, f"{self.content['benchmark']}.json")
+            folder = Path(RESULTS)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{self.content['benchmark']}.json"
             file.write_text(json.dumps(self.content, indent=1) + "\n")
 
 

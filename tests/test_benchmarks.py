@@ -6,7 +6,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,6 +18,8 @@ import gpu
 import pytest
 import report
 import tables
+import timing
+import torch
 import work
 from roofline import roofline
 from targets import CPU_TARGETS, GPU_TARGETS, Target
@@ -128,6 +134,85 @@ def test_plot_fills_what_is_measured(results: Path, tmp_path: Path) -> None:
     heights = {circle.get("cy") for circle in circles if circle.get("fill") != "white"}
     assert len(heights) == 1
     assert all(70 <= float(circle.get("cx", 0)) <= 550 for circle in circles)
+
+
+class MadeUpGpu:
+    """Stands for torch.cuda where there is none: `now` is its clock, which calls and replays move on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, captures: bool = True) -> None:
+        self.now, self.captures, self.replays = 0.0, captures, 0
+        monkeypatch.setattr(timing, "ON_GPU", True)
+        monkeypatch.setattr(timing, "ROUNDS", (3, 50))
+        for name, stand_in in (("Event", self.event), ("CUDAGraph", self.new_graph), ("graph", self.capture)):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(at=0.0, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
+        return event
+
+    def new_graph(self) -> SimpleNamespace:
+        return SimpleNamespace(replay=self.replay)
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.now += 8e-6
+
+    @contextmanager
+    def capture(self, graph: SimpleNamespace) -> Iterator[None]:
+        yield
+        if not self.captures:
+            raise RuntimeError("operation not permitted\nwhen capturing")
+
+    def call(self, seconds: float) -> Callable[[], None]:
+        return lambda: setattr(self, "now", self.now + seconds)
+
+
+class MadeUpBenchmark:
+    """What timing.measure uses of pytest-benchmark."""
+
+    def pedantic(self, target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+        seconds = []
+        for _ in range(rounds):
+            setup()
+            before = timing.device_clock()
+            target()
+            seconds.append(timing.device_clock() - before)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=median(seconds), min=min(seconds)))
+
+
+def measure(seconds: float, gpu: MadeUpGpu) -> tuple[dict[str, Any], int]:
+    """Two calls of that length, and how often they were restored; restoring takes a second that must not count."""
+    restored = []
+    calls, lasting = [gpu.call(seconds)] * 2, gpu.call(1.0)
+    measured = timing.measure(MadeUpBenchmark(), calls, lambda: (restored.append(1), lasting()))  # type: ignore[arg-type]
+    return measured, len(restored)
+
+
+def test_a_short_call_is_timed_from_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = MadeUpGpu(monkeypatch)
+    measured, restored = measure(2e-3, gpu)
+    # a replay of both calls lasts 8 us
+    assert measured["seconds"] == pytest.approx(4e-6)
+    assert (measured["timed_with"], measured["sets"]) == ("graph", 2)
+    assert gpu.replays == measured["rounds"] == 50
+    assert restored == measured["rounds"] + 3
+
+
+def test_a_long_call_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = MadeUpGpu(monkeypatch)
+    measured, restored = measure(0.2, gpu)
+    assert measured["seconds"] == pytest.approx(0.2)
+    assert (measured["timed_with"], gpu.replays) == ("events", 0)
+    assert restored == measured["rounds"] + 2
+
+
+def test_what_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, _ = measure(2e-3, MadeUpGpu(monkeypatch, captures=False))
+    assert measured["seconds"] == pytest.approx(2e-3)
+    assert measured["timed_with"] == "events, as it cannot be captured: operation not permitted"
 
 
 def test_a_failed_step_does_not_stop_the_others(
