@@ -18,11 +18,3 @@ def record(request: pytest.FixtureRequest) -> Iterator[timing.Record]:
     name = request.module.__name__.removeprefix("bench_")
     with use_backend(timing.BACKEND):
         yield timing.Record(name)
-
-
-@pytest.fixture
-def targets(record: timing.Record) -> timing.Record:
-    """The record, where its targets apply."""
-    if timing.SMALL or not timing.ON_GPU:
-        pytest.skip("targets are for a GPU and the full size")
-    return record

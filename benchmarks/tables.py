@@ -41,13 +41,14 @@ class Device(NamedTuple):
 
 
 def devices(results: Path = RESULTS) -> list[Device]:
-    """Every folder of results but the processor's."""
+    """Every folder of results but the processor's; tiny shapes do not count."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir() and path != CPU):
         files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         steps = files.pop("gpu", {})
-        if files:
-            found.append(Device(next(iter(files.values()))["device"], files, steps))
+        records = {name: record for name, record in files.items() if record["size"] == "full"}
+        if records:
+            found.append(Device(next(iter(records.values()))["device"], records, steps))
     return found
 
 

@@ -27,10 +27,11 @@ from targets import CPU_TARGETS, GPU_TARGETS, Target
 ATTENTION = {"batch": 1, "heads": 32, "kv_heads": 8, "tokens": 32768, "width": 128}
 
 
-def record(rows: list[dict[str, Any]], targets: dict[str, Any]) -> dict[str, Any]:
+def record(rows: list[dict[str, Any]], targets: dict[str, Any], size: str = "full") -> dict[str, Any]:
     """A result file as timing.Record writes it."""
     return {
         "benchmark": "scores",
+        "size": size,
         "device": "Made-up GPU",
         "dtype": "bfloat16",
         "versions": {"torch": "9.9", "triton": None},
@@ -55,6 +56,7 @@ def results(tmp_path: Path) -> Path:
     targets = {name: GPU_TARGETS[name].result(value) for name, value in (("scores_rate", 488), ("scores_sdpa", 0.6))}
     (tmp_path / "made-up").mkdir()
     (tmp_path / "made-up" / "scores.json").write_text(json.dumps(record(rows, targets)))
+    (tmp_path / "made-up" / "select.json").write_text(json.dumps(record(rows, targets, "small")))
     steps = {"tests": {"outcome": "ok"}, "memcheck": {"outcome": "failed: 1"}}
     (tmp_path / "made-up" / "gpu.json").write_text(json.dumps({"tests": {"tests": 550, "failures": 0}, "steps": steps}))
     return tmp_path
@@ -94,6 +96,10 @@ def test_targets_of_the_design_are_all_there() -> None:
     assert len(GPU_TARGETS) == 11
     assert {target.benchmark for target in GPU_TARGETS.values()} == set(gpu.BENCHMARKS)
     assert set(CPU_TARGETS) <= set(report.read("reference.json"))
+
+
+def test_results_of_tiny_shapes_do_not_count(results: Path) -> None:
+    assert list(tables.devices(results)[0].records) == ["scores"]
 
 
 def test_target_table_tells_met_from_missed_and_absent(results: Path) -> None:
