@@ -35,10 +35,10 @@ def roofline(placed: Sequence[Point], bytes_per_s: float, flops_per_s: float) ->
     lines = [
         f'<rect x="{left}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#999"/>',
         f'<polyline points="{corners}" fill="none" stroke="#c33" stroke-width="2"/>',
-        text(left + wide - 6, at(1, flops_per_s)[1] - 6, f"{flops_per_s / 1e12:.3g} TFLOP/s", "end"),
+        text(roof[1][0] - 10, roof[1][1] + 4, f"{flops_per_s / 1e12:.3g} TFLOP/s", "end"),
         text(*(coordinate + 14 for coordinate in at(1, bytes_per_s)), f"{bytes_per_s / 1e12:.3g} TB/s"),
         text(left + wide / 2, top + high + 36, "FLOP per byte", "middle"),
-        text(left - 8, top - 6, "FLOP/s", "end"),
+        text(left - 8, top - 14, "FLOP/s", "end"),
     ]
     lines += [text(at(10**x, 1)[0], top + high + 16, f"1e{x}", "middle") for x in range(low_x, high_x + 1)]
     lines += [text(left - 8, at(1, 10**y)[1] + 4, f"1e{y}", "end") for y in range(low_y, high_y + 1)]

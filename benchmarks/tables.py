@@ -98,7 +98,7 @@ def device_tables(device: Device) -> str:
             f"**{record['benchmark']}**, {record['dtype']}: {versions}; {state}. Ceilings measured in this run: "
             f"{ceiling['bytes_per_s'] / 1e12:.3g} TB/s, {ceiling['flops_per_s'] / 1e12:.3g} TFLOP/s."
         )
-        header = ["what", "by", "shape", "time", "TFLOP/s", "TB/s", "extra memory"]
+        header = ["what", "by", "shape", "time", "timed with", "TFLOP/s", "TB/s", "extra memory"]
         parts.append(markdown(header, [cells(row) for row in record["rows"]]))
     return "\n\n".join(parts)
 
@@ -107,13 +107,14 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One row of a device's table: rates with their share of the measured ceiling."""
     start = [row["what"], row["by"], format_shape(row["shape"])]
     if "missing" in row:
-        return [*start, row["missing"], "", "", ""]
+        return [*start, row["missing"], "", "", "", ""]
     rates = [
         f"{row[f'{unit}_per_s'] / 1e12:.3g} ({100 * row[f'{unit}_share']:.0f} %)" if row[unit] else ""
         for unit in ("flops", "bytes")
     ]
     share = row.get("peak_extra_share")
-    return [*start, format_seconds(row["seconds"]), *rates, "" if share is None else f"{100 * share:.1f} % of the KV"]
+    time = [format_seconds(row["seconds"]), row["timed_with"]]
+    return [*start, *time, *rates, "" if share is None else f"{100 * share:.1f} % of the KV"]
 
 
 def measured() -> str:
