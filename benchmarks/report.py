@@ -1,7 +1,7 @@
 """Write the READMEs' tables and plot from the result files (a GPU's: tables.py): python benchmarks/report.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
-docs/kept.png), from `make bench` and from benchmarks/quality/train.py.
+docs/kept.png), from `make bench` and from benchmarks/quality/train.py and scoring.py.
 """
 
 from __future__ import annotations
@@ -124,11 +124,42 @@ def training() -> str:
     return markdown(["seed", "minutes", *columns], rows)
 
 
+def scoring() -> str:
+    """What cheaper scoring costs: exact match, and the tokens kept as by the exact scores."""
+    result = read("scoring.json")
+    cells = {(cell["scoring"], cell["budget"]): cell for cell in result["cells"]}
+    names, budgets = (list(dict.fromkeys(key[part] for key in cells)) for part in (0, 1))
+    header = ["scoring", "queries scored"]
+    for budget in budgets:
+        header += [f"answers at {budget}", f"kept alike at {budget}"]
+    rows = []
+    for name in names:
+        row = [name, f"{cells[name, budgets[0]]['queries']:.1f}"]
+        for budget in budgets:
+            cell = cells[name, budget]
+            answers = (cell[f"exact_match{layout}"] for layout in ("", "_after", "_before"))
+            row.append("{:.0f} ({:.0f}, {:.0f})".format(*answers))
+            row.append(f"{cell['overlap']:.0f} ({cell['overlap_important']:.0f})")
+        rows.append(row)
+    lost = {key: cells[names[0], key[1]]["exact_match"] - cell["exact_match"] for key, cell in cells.items()}
+    text = [loss for (name, _), loss in lost.items() if name == "text queries"]
+    others = [loss for (name, _), loss in lost.items() if name != "text queries"]
+    count = result["cells"][0]["answers"]
+    return (
+        f"In %, policy `lookm`, the {count} answers and the prompts of `lookm demo --seed {result['seed']}` (in "
+        "brackets: names after, names before their pictures). Kept alike: tokens kept of those that the attention of "
+        "all queries keeps, mean over rows, heads and layers (in brackets: without the recent tokens, which any "
+        f"scoring keeps).\n\n{markdown(header, rows)}\n\n"
+        f"Text queries alone lose {min(text):.0f} to {max(text):.0f} points of exact match here; no sample and no "
+        f"8-bit score loses more than {max(others):.1f} (one answer is {100 / count:.1f} points)."
+    )
+
+
 SECTIONS = {
     "benchmarks/README.md": {"targets": targets, "measured": measured},
     "benchmarks/NOTES.md": {"floors": floors},
     "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
-    "benchmarks/quality/README.md": {"training": training},
+    "benchmarks/quality/README.md": {"training": training, "scoring": scoring},
 }
 
 

@@ -73,5 +73,7 @@ def test_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOOKM_AUTOTUNE", raising=False)
     monkeypatch.setattr(triton.testing, "do_bench", pytest.fail)
     ran: list[_configs.Config] = []
-    _configs.launch("test", nearest.CONFIGS, nearest.CANDIDATES, random(0, 1, 1, 1, 64), (1,), ran.append)
-    assert ran == [nearest.CONFIGS["sm_90"][256]]
+    half = random(0, 1, 1, 1, 128, dtype=torch.float16)
+    for tensor in (half, half.float()):
+        _configs.launch("test", nearest.CONFIGS, nearest.CANDIDATES, tensor, (1,), ran.append)
+    assert ran == [nearest.CONFIGS["sm_90"][256], _configs.FLOAT32[512]]

@@ -326,3 +326,26 @@ def test_a_prefill_can_be_differentiated():
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
     model.zero_grad()
     assert torch.equal(*gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+def test_on_a_gpu_a_whole_budget_changes_no_bit():
+    model = copy.deepcopy(LLAVA.model()).to("cuda")
+    inputs = {name: x.to("cuda") for name, x in LLAVA.inputs(prompts()).items()}
+    caches = (DynamicCache(config=model.config), LookMCache(model, budget=1.0))
+    assert torch.equal(*[generate(model, cache, inputs) for cache in caches])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+def test_on_a_gpu_a_padded_row_says_what_it_says_alone():
+    model = copy.deepcopy(LLAVA.model()).to("cuda")
+
+    def said(rows: list[Prompt]) -> Tensor:
+        inputs = {name: x.to("cuda") for name, x in LLAVA.inputs(rows).items()}
+        return generate(model, LookMCache(model, budget=0.2), inputs).argmax(-1)
+
+    together = said(prompts())
+    for row, prompt in enumerate(prompts()):
+        assert torch.equal(together[row], said([prompt])[0])

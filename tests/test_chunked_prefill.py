@@ -68,6 +68,17 @@ def test_chunks_are_the_whole(policy: str, rows: int):
     torch.testing.assert_close(in_parts, once, **CLOSE)
 
 
+@pytest.mark.parametrize("policy", ["lookm", "mean_h2o", "snapkv"])
+@pytest.mark.parametrize("options", [{"queries": "text"}, {"queries": "sampled", "stride": 3}], ids=str)
+def test_chosen_queries_in_chunks(policy: str, options: dict):
+    """Image tokens are counted over all chunks."""
+    model, prompts = LLAVA.model(), [LLAVA.prompt(layout, seed) for seed, layout in enumerate(LAYOUTS)]
+    caches = [LookMCache(model, 0.4, policy, prompt_length=length, **options) for length in (None, 39)]
+    once = read(model, caches[0], chunks(LLAVA, prompts, (39,)))
+    torch.testing.assert_close(read(model, caches[1], chunks(LLAVA, prompts)), once, **CLOSE)
+    assert_same(*caches)
+
+
 def test_attention_with_options_and_protected_text_in_chunks():
     model, prompts = QWEN.model("eager"), [QWEN.prompt((30,))]
     image = torch.zeros(1, 30, dtype=torch.bool)

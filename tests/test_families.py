@@ -13,8 +13,7 @@ from families import FAMILIES, IMAGE, MLLAMA, TALL, VIDEO, Family, Prompt, full_
 from loops import RECIPES, Recipe, teacher_forced  # noqa: E402
 from transformers import Cache, DynamicCache, PreTrainedModel  # noqa: E402
 
-from lookm import LookMCache  # noqa: E402
-from lookm.layer import LookMLayer  # noqa: E402
+from lookm import LookMCache, plan  # noqa: E402
 
 LAYOUTS = [(6, IMAGE, 9, TALL, 7), (5, IMAGE, 4), (21,), (4, VIDEO, 11)]
 TOKENS = 6
@@ -93,7 +92,7 @@ def test_a_whole_budget_changes_nothing(
     family: Family, model: PreTrainedModel, mode: str, monkeypatch: pytest.MonkeyPatch
 ):
     # a prompt that fits is normally left alone: here it is scored, selected and compacted all the same
-    monkeypatch.setattr(LookMLayer, "_evicts", lambda self, prompt: True)
+    monkeypatch.setattr(plan, "over_budget", lambda prompt, lengths: True)
     prompts = ragged(family)
     for batch in ([prompts[0]], prompts):
         inputs = family.inputs(batch)

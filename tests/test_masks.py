@@ -14,6 +14,7 @@ from families import FAMILIES
 from transformers import DynamicCache
 
 from lookm import POLICIES, LookMCache
+from lookm.layer import LookMLayer
 from lookm.masks import left_padding, scoring_mask, stored_mask, visible
 
 QWEN = FAMILIES["qwen3"]
@@ -72,14 +73,15 @@ def test_visible_reads_bool_and_additive_masks():
 
 def test_scoring_needs_no_mask_where_it_is_plain():
     four = torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(2)
-    assert scoring_mask(None, False, True, None, 4, 6) == NO_MASK
-    assert scoring_mask(four, True, True, None, 4, 6) == NO_MASK
-    left = scoring_mask(four, True, True, bools("001111"), 4, 6)
-    assert (left["causal"], left["key_start"].tolist(), left["mask"]) == (True, [2], None)
-    holes = scoring_mask(None, True, True, bools("101111"), 4, 6)
+    assert scoring_mask(None, False, True, None, None, 4, 6) == NO_MASK
+    assert scoring_mask(four, True, True, None, None, 4, 6) == NO_MASK
+    start = torch.tensor([2])
+    left = scoring_mask(four, True, True, bools("001111"), start, 4, 6)
+    assert left == {"causal": True, "key_start": start, "mask": None}
+    holes = scoring_mask(None, True, True, bools("101111"), None, 4, 6)
     assert (holes["causal"], holes["key_start"]) == (True, None)
     assert torch.equal(holes["mask"], bools("101111")[:, None, None].expand(1, 1, 4, 6))
-    given_by_user = scoring_mask(four, False, True, None, 4, 6)
+    given_by_user = scoring_mask(four, False, True, None, None, 4, 6)
     assert not given_by_user["causal"]
     assert torch.equal(given_by_user["mask"], four)
 
@@ -164,6 +166,23 @@ def test_a_4d_mask_of_ones_own_decides_who_is_scored(policy: str):
         expected = score.topk(4, dim=-1).indices.sort(dim=-1).values
         assert torch.equal(cache.kept_positions(0).long(), expected)
     assert not torch.equal(*[cache.kept_positions(0) for cache in caches])
+
+
+def test_each_layer_may_have_a_4d_mask_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """What the first layer of a forward found out is not taken for another mask's."""
+    model, cache = QWEN.model(), LookMCache(QWEN.model(), budget=0.5)
+    masks = [bools("0" * pads + "1" * (24 - pads))[:, None, None].expand(1, 1, 24, -1) for pads in (0, 4, 8)]
+
+    def with_own_mask(self, inner, module, query, key, value, mask, **arguments):
+        return original(self, inner, module, query, key, value, masks[module.layer_idx], **arguments)
+
+    original = LookMLayer.attend
+    monkeypatch.setattr(LookMLayer, "attend", with_own_mask)
+    with torch.no_grad():
+        ids = torch.tensor([QWEN.prompt((24,)).ids])
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool), past_key_values=cache)
+    assert [cache.kept_positions(layer).shape[2] for layer in range(3)] == [12, 10, 8]
+    assert [int(cache.kept_positions(layer).min()) >= pads for layer, pads in enumerate((0, 4, 8))] == [True] * 3
 
 
 @torch.no_grad()

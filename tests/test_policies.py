@@ -20,10 +20,14 @@ import lookm
 from lookm import POLICIES, Attention, LookMCache, Policy, Prompt, register_policy
 from lookm.budget import parse_budget
 from lookm.forward import Forward
-from lookm.layer import LookMLayer, Settings
+from lookm.layer import LookMLayer
+from lookm.plan import Settings, pick_queries
 from lookm.policy import ALIASES, DESCRIPTIONS
 
-PLAIN = {"recent_share": 0.5, "sinks": 0, "text_prior": False, "rule": "none", "gate": None, "protect_text": False}
+PLAIN = {
+    "recent_share": 0.5, "sinks": 0, "text_prior": False, "rule": "none", "gate": None, "protect_text": False,
+    "queries": "all", "stride": 8, "phase": 0, "fp8": False,
+}  # fmt: skip
 SNAPKV = {"window": None, "kernel_size": 5, "pooling": "average"}
 DEFAULTS = {
     "full": {},
@@ -52,6 +56,15 @@ BAD_OPTIONS = [
     ("lookm", {"text_prior": "no"}),
     ("lookm", {"protect_text": "yes"}),
     ("h2o", {"protect_text": True}),
+    ("lookm", {"queries": "images"}),
+    ("lookm", {"queries": None}),
+    ("lookm", {"stride": 0}),
+    ("lookm", {"stride": 2.0}),
+    ("lookm", {"stride": True}),
+    ("lookm", {"phase": -1}),
+    ("lookm", {"phase": 8}),
+    ("snapkv", {"phase": 4, "stride": 4}),
+    ("lookm", {"fp8": 1}),
     ("snapkv", {"window": 0}),
     ("snapkv", {"window": 2.5}),
     ("snapkv", {"window": "5"}),
@@ -147,12 +160,13 @@ def test_layers_hold_what_the_authors_classes_hold(case: dict):
         torch.testing.assert_close(our, their, rtol=0, atol=1e-5)
 
 
-def attention(queries: int, valid: Tensor | None = None, **masking) -> Attention:
+def attention(policy: Policy, queries: int, valid: Tensor | None = None, **masking) -> Attention:
     """Random attention of 2 rows, 4 query heads, 2 KV heads, 13 tokens, over the last `queries` queries."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 13, 8, generator=generator) for heads in (4, 2))
     prompt = Prompt(torch.zeros(2, 13, dtype=torch.bool), valid, [6, 6], [3, 3], [0, 0])
-    return Attention(query[:, :, -queries:], key, prompt, 0.3, **masking)
+    weight, picked = pick_queries(policy, prompt, queries)
+    return Attention(query[:, :, -queries:], key, prompt, 0.3, query_weight=weight, picked=picked, **masking)
 
 
 def by_loops(given: Attention, seen: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,10 +201,10 @@ def test_mean_h2o_is_attention_over_visits(masking: str, queries: int):
     arguments = dict(arguments)
     if "mask" in arguments:
         arguments["mask"] = arguments["mask"][..., -queries:, :]
-    given = attention(queries, valid, **arguments)
+    policy = POLICIES["mean_h2o"]
+    given = attention(policy, queries, valid, **arguments)
     weight = torch.ones(2, queries) if valid is None else valid[:, -queries:].float()
     sums, visits = by_loops(given, seen[:, -queries:].expand(2, -1, -1), weight)
-    policy = POLICIES["mean_h2o"]
     ours = policy.finish(policy.score(given), given.prompt)
     there = torch.ones(2, 13, dtype=torch.bool) if valid is None else valid
     expected = (sums / visits.clamp(min=1)).masked_fill(~there[:, None], 0)
@@ -200,7 +214,7 @@ def test_mean_h2o_is_attention_over_visits(masking: str, queries: int):
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"kernel_size": 3, "pooling": "max"}], ids=str)
 def test_snapkv_looks_from_the_window_and_pools_what_is_before(options: dict):
     policy = type(POLICIES["snapkv"])(**options)
-    given = attention(13, LEFT, key_start=torch.tensor([4, 0], dtype=torch.int32))
+    given = attention(policy, 13, LEFT, key_start=torch.tensor([4, 0], dtype=torch.int32))
     ours = policy.finish(policy.score(given), given.prompt)
     window, half = policy.window or given.prompt.recent[0], policy.kernel_size // 2
     weight = (torch.arange(13) >= 13 - window).float().expand(2, -1)

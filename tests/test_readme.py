@@ -54,6 +54,16 @@ def test_recorded_costs_meet_their_targets(generator: ModuleType) -> None:
     assert record["time_ratio"] <= 1
 
 
+def test_exact_scoring_is_that_of_the_demo(generator: ModuleType) -> None:
+    cells = [cell for cell in generator.read("scoring.json")["cells"] if cell["scoring"] == "all queries"]
+    demo = {(cell["policy"], cell["budget"]): cell for cell in generator.read("demo.json")["cells"]}
+    assert [cell["budget"] for cell in cells] == [0.2, 0.1]
+    for cell in cells:
+        assert cell["overlap"] == 100
+        same = demo["lookm", cell["budget"]]
+        assert all(cell[name] == same[name] for name in ("answers", "exact_match_after", "exact_match_before"))
+
+
 def test_a_missing_section_is_an_error(generator: ModuleType) -> None:
     with pytest.raises(SystemExit, match="one section 'demo', it has 0"):
         generator.render("README.md", README.replace("begin demo", "begin dem"))
@@ -74,16 +84,16 @@ def test_the_ten_line_policy_works() -> None:
     chunks = [{**whole[0], "input_ids": ids[:, :-9]}, {"input_ids": ids[:, -9:]}]
     try:
         exec(block, {"__name__": "readme"})
-        assert DESCRIPTIONS["text_looks"].startswith("As lookm, scored by")
+        assert DESCRIPTIONS["text_counts"].startswith("As lookm, scored by")
         for parts in (whole, chunks):
-            cache = LookMCache(family.model(), budget=0.5, policy="text_looks", prompt_length=ids.shape[1])
+            cache = LookMCache(family.model(), budget=0.5, policy="text_counts", prompt_length=ids.shape[1])
             with torch.no_grad():
                 for part in parts:
                     family.model()(**part, past_key_values=cache)
             kept.append(cache.kept_positions(2))
     finally:
-        POLICIES.pop("text_looks", None)
-        DESCRIPTIONS.pop("text_looks", None)
+        POLICIES.pop("text_counts", None)
+        DESCRIPTIONS.pop("text_counts", None)
     assert kept[0].shape[2] == ids.shape[1] // 2
     assert torch.equal(*kept)
 

@@ -30,6 +30,14 @@ class Config(NamedTuple):
 
 
 Table = dict[str, dict[int, Config]]
+# float32 is multiplied without the matrix units, out of registers: small tiles, of every kernel and on every chip
+FLOAT32 = {
+    128: Config(64, 32, 4, 2),
+    256: Config(32, 32, 4, 2),
+    512: Config(32, 32, 4, 2),
+    1024: Config(16, 32, 4, 1),
+    2048: Config(16, 16, 4, 1),
+}
 Run = Callable[[Config], None]
 _fastest: dict[tuple[object, ...], Config] = {}
 
@@ -40,20 +48,21 @@ def padded_width(width: int) -> int:
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> int:
-    """Bytes of a padded row, at least 128: what the tables of configurations are keyed by, up to 2048."""
+    """Bytes of a padded row, at least 128: what the tables of tiles are keyed by."""
     return max(128, padded_width(width) * dtype.itemsize)
 
 
 def launch(
     kernel: str, table: Table, candidates: Sequence[Config], tensor: Tensor, sizes: tuple[int, ...], run: Run
 ) -> None:
-    """Run a kernel, `run(config)`, with the table's tile for the head size of `tensor` [..., D] and its device's chip.
+    """Run a kernel, `run(config)`, with the tile for `tensor` [..., D]: for its head size, dtype and chip.
 
     With LOOKM_AUTOTUNE=1 with the fastest of that tile and the candidates, timed once for every dtype and `sizes` (all
     that the time depends on). Only for kernels that write nothing they read, as they run many times then. Tiles add in
     different orders: a process that measures another winner gives other last bits.
     """
-    fixed = table[chip(tensor.device)][row_bytes(tensor.shape[-1], tensor.dtype)]
+    tiles = FLOAT32 if tensor.dtype == torch.float32 else table[chip(tensor.device)]
+    fixed = tiles[row_bytes(tensor.shape[-1], tensor.dtype)]
     if os.environ.get("LOOKM_AUTOTUNE") != "1":
         return run(fixed)
     key = (kernel, tensor.device, tensor.dtype, tensor.shape[-1], *sizes)

@@ -11,14 +11,8 @@ from lookm_kernels.triton._configs import Config, block_and_row
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # by chip, then bytes of a padded row: queries and keys of a tile
-SMALL = {
-    128: Config(128, 64, 8, 3),
-    256: Config(128, 64, 8, 3),
-    512: Config(64, 32, 4, 2),
-    1024: Config(32, 32, 4, 2),
-    2048: Config(16, 16, 4, 1),
-}
-LARGE = SMALL | {128: Config(128, 128, 8, 2), 256: Config(128, 128, 8, 2), 512: Config(64, 64, 4, 2)}
+SMALL = {128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 3), 512: Config(64, 32, 4, 2), 1024: Config(32, 32, 4, 2)}
+LARGE = SMALL | {256: Config(128, 128, 8, 2), 512: Config(64, 64, 4, 2)}
 CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": LARGE, "sm_100": LARGE, "gfx942": SMALL}
 # what LOOKM_AUTOTUNE=1 tries
 CANDIDATES = [

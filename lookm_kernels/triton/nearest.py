@@ -10,15 +10,9 @@ from torch import Tensor
 from lookm_kernels.triton._configs import Config, block_and_row, launch, padded_width
 
 # by chip, then bytes of a padded row: evicted and kept tokens of a tile
-SMALL = {
-    128: Config(128, 64, 8, 3),
-    256: Config(128, 64, 8, 3),
-    512: Config(64, 32, 4, 2),
-    1024: Config(32, 32, 4, 2),
-    2048: Config(16, 16, 4, 1),
-}
-LARGE = SMALL | {128: Config(64, 128, 4, 2), 256: Config(64, 128, 4, 2)}
-CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": LARGE, "sm_100": LARGE, "gfx942": SMALL}
+SMALL = {128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 3), 512: Config(64, 32, 4, 2), 1024: Config(32, 32, 4, 2)}
+HOPPER = SMALL | {128: Config(64, 128, 4, 2), 256: Config(64, 128, 4, 2)}
+CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": HOPPER, "sm_100": SMALL, "gfx942": SMALL}
 # what LOOKM_AUTOTUNE=1 tries
 CANDIDATES = [
     Config(128, 64, 8, 2),

@@ -18,16 +18,11 @@ from lookm_kernels.triton._configs import Config, block_and_row, launch, padded_
 from lookm_kernels.triton._lse import base2_logits, first_query, positions
 
 # by chip, then bytes of a padded row: queries and keys of a tile
-SMALL = {
-    128: Config(64, 128, 8, 3),
-    256: Config(64, 128, 8, 3),
-    512: Config(32, 64, 8, 2),
-    1024: Config(32, 32, 4, 2),
-    2048: Config(16, 16, 4, 1),
-}
-# 64 rows: Hopper's matrix instruction takes no fewer
-LARGE = SMALL | {512: Config(64, 64, 4, 2)}
-CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": LARGE, "sm_100": LARGE, "gfx942": SMALL}
+SMALL = {128: Config(64, 128, 8, 3), 256: Config(64, 128, 8, 3), 512: Config(32, 64, 4, 2), 1024: Config(32, 32, 4, 2)}
+# the matrix instructions of Hopper take no fewer than 64 rows, those of Blackwell 128
+HOPPER = SMALL | {512: Config(64, 64, 4, 2)}
+BLACKWELL = HOPPER | {128: Config(128, 128, 8, 2), 256: Config(128, 128, 8, 2)}
+CONFIGS = {"sm_80": SMALL, "sm_86": SMALL, "sm_90": HOPPER, "sm_100": BLACKWELL, "gfx942": SMALL}
 # what LOOKM_AUTOTUNE=1 tries
 CANDIDATES = [
     Config(64, 128, 8, 3),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 2048
+BLOCK_N = 4096
 WARPS = 8
 
 
@@ -79,10 +79,14 @@ def _select_kernel(
         stays = (tie == 1) & (ties + tl.cumsum(tie) - tie < wanted)
         stays = (tier > 0) & (stays | (tier > boundary) | ((tier == boundary) & (order > line)))
         leaves = (tier > 0) & ~stays
-        tl.store(kept_ptr + kept_end + tl.cumsum(stays.to(tl.int32)) - 1, n, mask=stays)
-        tl.store(evicted_ptr + evicted_end + tl.cumsum(leaves.to(tl.int32)) - 1, n, mask=leaves)
-        kept_end += tl.sum(stays.to(tl.int32))
-        evicted_end += tl.sum(leaves.to(tl.int32))
+        # both counts in one prefix sum, 16 bits each
+        count = stays.to(tl.int32) + (leaves.to(tl.int32) << 16)
+        before = tl.cumsum(count) - count
+        tl.store(kept_ptr + kept_end + (before & 0xFFFF), n, mask=stays)
+        tl.store(evicted_ptr + evicted_end + (before >> 16), n, mask=leaves)
+        total = tl.sum(count)
+        kept_end += total & 0xFFFF
+        evicted_end += total >> 16
         ties += tl.sum(tie)
 
 

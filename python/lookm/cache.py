@@ -13,9 +13,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
-from lookm.layer import NO_ASSISTANT, LookMLayer, Settings
+from lookm.layer import NO_ASSISTANT, LookMLayer
 from lookm.modality import find_image_tokens, forward_arguments, outermost
 from lookm.observe import install
+from lookm.plan import Settings
 from lookm.policy import Policy, is_count, resolve_policy
 from lookm.report import Report, layer_report
 
@@ -47,7 +48,8 @@ class LookMCache(DynamicCache):
         image_mask: bool [B, tokens], image and video tokens, where the model's inputs cannot tell (features merged into
             inputs_embeds beforehand, or an inner model called directly).
         important, recent: two fractions instead of `budget`, each rounded down, as in the authors' code.
-        options: fields of the policy to change: rule, gate, sinks, recent_share, text_prior, protect_text, ...
+        options: fields of the policy to change: rule, gate, sinks, recent_share, text_prior, protect_text, queries, ...
+            (see lookm.Policy)
 
     Only full-attention layers are compressed; sliding, chunked and linear ones stay as they are. A prompt without
     images is compressed by the same policy. ValueError for an argument that is not accepted, TypeError when model is

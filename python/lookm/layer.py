@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import lookm_kernels
-from lookm.budget import Budget, extend_for_text
 from lookm.forward import Forward
-from lookm.masks import is_4d, scoring_mask, stored_mask, visible
+from lookm.lse import LogSumExp
+from lookm.masks import is_4d, scoring_mask, stored_mask
 from lookm.observe import offset_of, tag
-from lookm.policy import Attention, Policy, Prompt
+from lookm.plan import Plan, Settings, make_plan
+from lookm.policy import Attention
 
 UNSUPPORTED_ARGUMENTS = {"s_aux": "attention sinks (learned extra logits)", "position_bias": "a position bias"}
 NOT_INTERCEPTED = (
@@ -29,16 +31,6 @@ NO_ASSISTANT = (
     "lookm: assisted (speculative) decoding is not supported: its draft tokens arrive with the prompt and would be "
     "compressed with it. (A prompt read with logits_to_keep > 1 looks the same; read it with 0 or 1.)"
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all layers of one cache share: policy, budget, what becomes of later turns, number of compressed layers."""
-
-    policy: Policy
-    budget: Budget
-    later_turns: str
-    layers: int
 
 
 class LookMLayer(DynamicLayer):
@@ -154,6 +146,8 @@ class LookMLayer(DynamicLayer):
             known = torch.nn.functional.pad(self.image, (0, self.seen - self.image.shape[1]))
         self.image = torch.cat([known, image], 1)
 
+    # a compiled model calls it as it is: it decides by numbers of the host
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self, inner: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any,
         **kwargs: Any,
@@ -167,94 +161,82 @@ class LookMLayer(DynamicLayer):
         remaining = 0 if declared is None or self.seen > declared else declared - self.seen
         if declared is not None and self.seen > declared and self.segment_start == 0:
             raise ValueError(f"`prompt_length` is {declared}, but the prompt has {self.seen} tokens already")
-        output = inner(module, query, key, value, mask, *args, **kwargs)
+        plan = self._plan(mask, query.shape[2], remaining)
+        observed = LogSumExp()
+        free = mask is None and plan.valid is None and plan.evicts and self.settings.policy.looks
+        with observed if free else nullcontext():
+            output = inner(module, query, key, value, mask, *args, **kwargs)
         with torch.no_grad():
-            if self.valid is None and is_4d(mask):
-                self._note_custom_mask(mask, query.shape[0])
-            prompt = self._prompt(remaining)
-            if self._evicts(prompt):
-                self._observe(query, mask, prompt, getattr(module, "is_causal", True), **kwargs)
+            if plan.evicts:
+                self._observe(query, mask, plan, observed, getattr(module, "is_causal", True), **kwargs)
             if remaining == 0:
-                self._compress(prompt)
+                self._compress(plan)
         return output
 
-    def _note_custom_mask(self, mask: Tensor, batch: int) -> None:
-        # a 4D mask by the user never passes the mask overlay: its last query sees every token that is not padding
-        valid = visible(mask, self.stored)[:, 0, -1].expand(batch, -1)
-        if not bool(valid.all()):
-            self.valid = valid.contiguous()
-            self.padding = (~self.valid).sum(1)
+    @torch.no_grad()
+    def _plan(self, mask: Any, queries: int, remaining: int) -> Plan:
+        """The plan of this forward, made by its first layer; all that waits for the device, before the attention."""
+        unknown = self.valid is None and is_4d(mask) and not self.forward.masks(self.seen - queries, queries)
+        own_mask = mask if unknown else None
+        key = (
+            "plan", self.seen, self.stored, self.segment_start, queries, remaining, self.keys.shape[0],
+            self.column_bytes, self.keys.device, weakref.ref(mask) if unknown else None,
+        )  # fmt: skip
+        plan = self.forward.once(key, lambda: make_plan(self, queries, remaining, own_mask))
+        if unknown and plan.valid is not None:
+            self.valid, self.padding = plan.valid, (~plan.valid).sum(1)
+        return plan
 
-    def _prompt(self, remaining: int) -> Prompt:
-        """The tokens being read, with the budget of each row."""
-        start = self.segment_start
-        valid = None if self.valid is None else self.valid[:, start:]
-        length = self.stored - start
-        image = self.image[:, self.seen - length : self.seen]
-        batch = self.keys.shape[0]
-        lengths = [length] * batch if valid is None else valid.sum(1).tolist()
-        policy = self.settings.policy
-        column = (self.keys[:, :, 0].numel() + self.values[:, :, 0].numel()) * self.keys.element_size()
-        splits = [self.settings.budget.split(n + remaining, policy, column * self.settings.layers) for n in lengths]
-        keep, recent, sinks = (list(part) for part in zip(*splits, strict=True))
-        prompt = Prompt(image, valid, keep, recent, sinks, remaining)
-        if not policy.protect_text:
-            return prompt
-        # sinks go before text, so an image among them needs a place of its own
-        text = (~image | prompt.first(sinks)) & ~prompt.last(recent)
-        text = text if valid is None else text & valid
-        return Prompt(image, valid, extend_for_text(keep, recent, text.sum(1).tolist()), recent, sinks, remaining)
-
-    def _evicts(self, prompt: Prompt) -> bool:
-        """Whether the budget of any row is smaller than the row; padding alone is no reason to touch the cache."""
-        return any(keep < n + prompt.remaining for keep, n in zip(prompt.keep, prompt.lengths, strict=True))
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one token column of this layer: its key and value in all rows and heads."""
+        return int((self.keys[:, :, 0].numel() + self.values[:, :, 0].numel()) * self.keys.element_size())
 
     def _observe(
-        self, query: Tensor, mask: Any, prompt: Prompt, causal: bool, scaling: float | None = None,
+        self, query: Tensor, mask: Any, plan: Plan, observed: LogSumExp, causal: bool, scaling: float | None = None,
         softcap: float | None = None, is_causal: bool | None = None, **_: Any,
     ) -> None:  # fmt: skip
         """Add this chunk's scores to those of the chunks before."""
         queries = query.shape[2]
         causal = causal if is_causal is None else is_causal
         plain = self.forward.plain_at(self.seen - queries, queries)
-        masking = scoring_mask(mask, plain, causal, self.valid, queries, self.stored)
+        masking = scoring_mask(mask, plain, causal, plan.valid, plan.key_start, queries, self.stored)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = self.settings.policy.score(Attention(query, self.keys, prompt, scale, softcap, **masking))
+        lse = observed.of(query, self.keys, causal, scale) if softcap is None else None
+        policy = self.settings.policy
+        attention = Attention(
+            query, self.keys, plan.prompt, scale, softcap, lse=lse, query_weight=plan.query_weight, picked=plan.picked,
+            fp8=policy.fp8, **masking,
+        )  # fmt: skip
+        scores = policy.score(attention)
         if self.scores is not None:
             scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
         self.scores = scores
 
-    def _compress(self, prompt: Prompt) -> None:
+    def _compress(self, plan: Plan) -> None:
         """Replace the prompt, or the segment, by what its budget keeps, in a buffer of its own size."""
-        start, batch, heads = self.segment_start, self.keys.shape[0], self.keys.shape[1]
-        first_position = self.seen - (self.stored - start)
-        before = self.kept_positions()[:, :, :start]
-        if not self._evicts(prompt):
+        before, prompt = self.kept_positions()[:, :, : self.segment_start], plan.prompt
+        first_position = self.seen - (self.stored - self.segment_start)
+        if plan.evicts:
+            kept = self._evict(plan)
+            kept = torch.where(kept < 0, -1, kept + first_position)
+        else:
             positions = torch.arange(first_position, self.seen, dtype=torch.int32, device=self.keys.device)
-            kept = positions.expand(batch, heads, -1)
+            kept = positions.expand(*self.keys.shape[:2], -1)
             if prompt.valid is not None:
                 kept = kept.masked_fill(~prompt.valid[:, None], -1)
-        else:
-            kept = self._evict(prompt)
-            kept = torch.where(kept < 0, -1, kept + first_position)
         self.kept = torch.cat([before, kept], 2)
-        self.scores = None
+        self.valid, self.scores = plan.stored_valid, None
         self.compressed, self.compressed_at = True, self.seen
 
-    def _evict(self, prompt: Prompt) -> Tensor:
-        policy, start, size = self.settings.policy, self.segment_start, max(prompt.keep)
+    def _evict(self, plan: Plan) -> Tensor:
+        policy, prompt, start, size = self.settings.policy, plan.prompt, self.segment_start, max(plan.prompt.keep)
         keys, values = _writable(self.keys[:, :, start:]), _writable(self.values[:, :, start:])
         values = values.clone() if values.data_ptr() == keys.data_ptr() else values
         scores = policy.finish(self.scores, prompt)
-        tiers = prompt.tiers(policy.text_prior)
-        kept = lookm_kernels.compress_(keys, values, scores, tiers, prompt.keep, policy.rule, policy.gate)
+        kept = lookm_kernels.compress_(keys, values, scores, plan.tiers, prompt.keep, policy.rule, policy.gate)
         self.keys = torch.cat([self.keys[:, :, :start], keys[:, :, :size]], 2)
         self.values = torch.cat([self.values[:, :, :start], values[:, :, :size]], 2)
-        filled = torch.arange(size, 0, -1) <= torch.tensor(prompt.keep)[:, None]
-        if self.valid is not None or not bool(filled.all()):
-            old = self.valid[:, :start] if self.valid is not None else torch.ones(len(filled), start, dtype=torch.bool)
-            valid = torch.cat([old, filled.to(old.device)], 1).to(self.keys.device)
-            self.valid = None if bool(valid.all()) else valid
         return kept
 
     def kept_positions(self) -> Tensor:
@@ -287,6 +269,7 @@ class LookMLayer(DynamicLayer):
             self.valid = self.valid[:, :-removed]
         self.image = None if self.image is None else self.image[:, :end]
         self.seen = end
+        self.forward.shared.clear()
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """How many tokens a crop drops. RuntimeError where it may not."""
@@ -324,6 +307,7 @@ class LookMLayer(DynamicLayer):
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
+        self.forward.shared.clear()
 
 
 def _writable(rows: Tensor) -> Tensor:

@@ -45,15 +45,14 @@ def left_padding(valid: Tensor | None) -> Tensor | None:
 
 
 def scoring_mask(
-    mask: Any, plain: bool, causal: bool, valid: Tensor | None, queries: int, stored: int
+    mask: Any, plain: bool, causal: bool, valid: Tensor | None, key_start: Tensor | None, queries: int, stored: int
 ) -> dict[str, Any]:
     """The mask of an attention call as the arguments causal, key_start and mask of attention_scores.
 
     mask: what the attention got; plain: it is known to be causal and padded, nothing else; valid [B, stored] bool or
-        None.
+        None, and its left_padding.
     A mask known to be plain is given as causal and key_start, which need not be read by key and query.
     """
-    key_start = left_padding(valid)
     if is_4d(mask) and not plain:
         return {"causal": False, "key_start": key_start, "mask": visible(mask, stored)}
     if valid is not None and key_start is None:

@@ -73,10 +73,10 @@ class SnapKV(Policy):
     def _window(self, prompt: Prompt) -> Tensor:
         return prompt.last([max(1, recent) if self.window is None else self.window for recent in prompt.recent])
 
-    def score(self, attention: Attention) -> Tensor:
-        """Column sums of the window's queries."""
-        window = self._window(attention.prompt)[:, -attention.query.shape[2] :]
-        return attention.column_sums(window.float())
+    def query_weight(self, prompt: Prompt) -> Tensor:
+        """Only the window's queries count."""
+        weight, window = super().query_weight(prompt), self._window(prompt).float()
+        return window if weight is None else window * weight
 
     def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
         """Pooled over neighbours; the window itself lends nothing to them."""
@@ -91,6 +91,8 @@ class SnapKV(Policy):
 @dataclass(frozen=True)
 class Streaming(Policy):
     """The first 4 tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)."""
+
+    looks: ClassVar[bool] = False
 
     def score(self, attention: Attention) -> Tensor:
         """Position alone decides."""

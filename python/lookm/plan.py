@@ -1,0 +1,125 @@
+"""What becomes of a prompt: decided before its attention, once for all layers of a forward.
+
+Everything that has to wait for the device (lengths, padding, text) is read here, so that nothing waits between a
+layer's attention and the end of its compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lookm.budget import Budget, extend_for_text
+from lookm.masks import left_padding, visible
+from lookm.policy import Policy, Prompt, on_device
+
+if TYPE_CHECKING:
+    from lookm.layer import LookMLayer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all layers of one cache share: policy, budget, what becomes of later turns, number of compressed layers."""
+
+    policy: Policy
+    budget: Budget
+    later_turns: str
+    layers: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """prompt: the tokens under compression, with the budget of each row.
+
+    evicts: whether the prompt is over its budget.
+    valid [B, stored] bool: places that may be attended now; stored_valid: those after the compression; None: all.
+    key_start [B] int32: the first place that is not padding, None where there is none, or some elsewhere.
+    tiers [B, N] int32: selection classes.
+    query_weight, picked: see lookm.policy.Attention.
+    """
+
+    prompt: Prompt
+    evicts: bool
+    valid: Tensor | None
+    stored_valid: Tensor | None
+    key_start: Tensor | None
+    tiers: Tensor
+    query_weight: Tensor | None
+    picked: Tensor | None
+
+
+def make_plan(layer: LookMLayer, queries: int, remaining: int, mask: Tensor | None) -> Plan:
+    """The plan for a layer that has stored new keys, and for all others that have stored as many on its device.
+
+    queries: tokens of this forward. remaining: tokens of the prompt still to come. mask: a 4D mask by the user, None
+    where padding is known otherwise.
+    """
+    valid = layer.valid if mask is None else _seen_last(mask, layer.stored, layer.keys.shape[0])
+    prompt, lengths = _budgeted(layer, valid, remaining)
+    evicts = over_budget(prompt, lengths)
+    policy = layer.settings.policy
+    stored_valid = _stored_valid(layer, valid, prompt.keep) if evicts else valid
+    looking = pick_queries(policy, prompt, queries) if evicts and policy.looks else (None, None)
+    return Plan(prompt, evicts, valid, stored_valid, left_padding(valid), prompt.tiers(policy.text_prior), *looking)
+
+
+def pick_queries(policy: Policy, prompt: Prompt, queries: int) -> tuple[Tensor | None, Tensor | None]:
+    """query_weight [B, M] of the last M queries of the prompt, and those `picked`, as lookm.policy.Attention has them.
+
+    Picked are the queries with a weight where these are at most half of each row.
+    """
+    weight = policy.query_weight(prompt)
+    if prompt.valid is not None:
+        weight = prompt.valid.float() if weight is None else weight * prompt.valid
+    if weight is None:
+        return None, None
+    weight = weight[:, -queries:]
+    used = weight != 0
+    most = int(used.sum(1).max())
+    if 2 * most > queries:
+        return weight, None
+    place = torch.arange(queries, dtype=torch.int32, device=weight.device)
+    return weight, torch.where(used, place, -1).sort(1).values[:, queries - most :]
+
+
+def over_budget(prompt: Prompt, lengths: Sequence[int]) -> bool:
+    """Whether the budget of any row is smaller than the row; padding alone is no reason to touch the cache."""
+    return any(keep < length + prompt.remaining for keep, length in zip(prompt.keep, lengths, strict=True))
+
+
+def _seen_last(mask: Tensor, stored: int, batch: int) -> Tensor | None:
+    # a 4D mask by the user never passes the mask overlay: its last query sees every token that is not padding
+    valid = visible(mask, stored)[:, 0, -1].expand(batch, -1)
+    return None if bool(valid.all()) else valid.contiguous()
+
+
+def _budgeted(layer: LookMLayer, valid: Tensor | None, remaining: int) -> tuple[Prompt, list[int]]:
+    """The prompt with the budget of each row, and how many valid tokens each row has."""
+    policy, budget = layer.settings.policy, layer.settings.budget
+    size = layer.stored - layer.segment_start
+    image = layer.image[:, layer.seen - size : layer.seen]
+    inside = None if valid is None else valid[:, layer.segment_start :]
+    lengths = [size] * len(image) if inside is None else inside.sum(1).tolist()
+    splits = [budget.split(n + remaining, policy, layer.column_bytes * layer.settings.layers) for n in lengths]
+    keep, recent, sinks = (list(part) for part in zip(*splits, strict=True))
+    prompt = Prompt(image, inside, keep, recent, sinks, remaining)
+    if not policy.protect_text:
+        return prompt, lengths
+    # sinks go before text, so an image among them needs a place of its own
+    text = (~image | prompt.first(sinks)) & ~prompt.last(recent)
+    text = text if inside is None else text & inside
+    return replace(prompt, keep=extend_for_text(keep, recent, text.sum(1).tolist())), lengths
+
+
+def _stored_valid(layer: LookMLayer, valid: Tensor | None, keep: Sequence[int]) -> Tensor | None:
+    # a row that keeps fewer than another has empty places first
+    start, device = layer.segment_start, layer.keys.device
+    before = torch.ones(len(keep), start, dtype=torch.bool, device=device) if valid is None else valid[:, :start]
+    if min(keep) == max(keep) and (valid is None or bool(before.all())):
+        return None
+    place = torch.arange(max(keep), 0, -1, device=device)
+    return torch.cat([before, place <= on_device(keep, device)], 1)
