@@ -112,8 +112,10 @@ def work_of(what: str, shape: tuple[int, int, int]) -> work.Work:
     return work.scores(**sizes(shape), passes=2 if what == WITHOUT_LSE else 1)
 
 
-def missing(by: str) -> str | None:
-    """Why a peer cannot run here."""
+def missing(what: str, by: str) -> str | None:
+    """Why a variant cannot run here."""
+    if what == FLOAT8:
+        return timing.why_no_float8()
     if by != COLREDUCE:
         return None
     if not timing.ON_GPU:
@@ -126,7 +128,7 @@ def missing(by: str) -> str | None:
 @pytest.mark.benchmark(timer=timing.device_clock)
 def test_scores(benchmark: BenchmarkFixture, record: timing.Record, shape: tuple[int, int, int], variant: str) -> None:
     what, by, run = VARIANTS[variant]
-    reason = missing(by)
+    reason = missing(what, by)
     if reason is not None:
         record.missing(what, by, sizes(shape), reason)
         pytest.skip(reason)
@@ -146,4 +148,4 @@ def test_targets(record: timing.Record) -> None:
     record.target("scores_rate", timing.ratio(rate, 1e12))
     record.target("scores_sdpa", timing.ratio(given, record.value(FORWARD, SDPA, shape)))
     record.target("scores_colreduce", timing.ratio(record.value(WITHOUT_LSE, COLREDUCE, shape), without))
-    record.check_targets(*([] if missing(COLREDUCE) is None else ["scores_colreduce"]))
+    record.check_targets(*([] if missing(WITHOUT_LSE, COLREDUCE) is None else ["scores_colreduce"]))

@@ -98,7 +98,7 @@ def device_tables(device: Device) -> str:
             f"**{record['benchmark']}**, {record['dtype']}: {versions}; {state}. Ceilings measured in this run: "
             f"{ceiling['bytes_per_s'] / 1e12:.3g} TB/s, {ceiling['flops_per_s'] / 1e12:.3g} TFLOP/s."
         )
-        header = ["what", "by", "shape", "time", "timed with", "TFLOP/s", "TB/s", "extra memory"]
+        header = ["what", "by", "shape", "time", "timed with", "TFLOP/s", "TB/s", "added"]
         parts.append(markdown(header, [cells(row) for row in record["rows"]]))
     return "\n\n".join(parts)
 
@@ -112,9 +112,10 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row[f'{unit}_per_s'] / 1e12:.3g} ({100 * row[f'{unit}_share']:.0f} %)" if row[unit] else ""
         for unit in ("flops", "bytes")
     ]
-    share = row.get("peak_extra_share")
     time = [format_seconds(row["seconds"]), row["timed_with"]]
-    return [*start, *time, *rates, "" if share is None else f"{100 * share:.1f} % of the KV"]
+    shares = (("peak_extra_share", "of the KV in memory"), ("added_share", "of the prefill's time"))
+    added = [f"{100 * row[name]:.1f} % {meaning}" for name, meaning in shares if row.get(name) is not None]
+    return [*start, *time, *rates, ", ".join(added)]
 
 
 def measured() -> str:
