@@ -16,7 +16,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make bench        benchmarks of this machine's processor"
-	@echo "make gpu          the tests that need a GPU; results in $(OUT)/"
+	@echo "make gpu          tests, benchmarks and compute-sanitizer on a GPU; results in $(OUT)/"
 	@echo "make clean        remove environments and build output"
 
 demo: $(VENV)/.ready
@@ -39,12 +39,10 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.ready
-	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py'
+	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks/bench_reference.py
 
 gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.ready)
-	mkdir -p $(OUT)
-	$(BIN)/python3 -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU here")'
-	PYTHONPATH=.:python $(BIN)/python3 -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml
+	$(BIN)/python3 benchmarks/gpu.py $(OUT)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist out *.egg-info
