@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tables import devices, draw, floors, markdown, measured, outcome, target_table
+from tables import devices, disassembly, draw, floors, markdown, measured, outcome, target_table
 from targets import CPU_TARGETS
 
 import lookm  # noqa: F401  (registers the policies)
@@ -157,7 +157,7 @@ def scoring() -> str:
 
 SECTIONS = {
     "benchmarks/README.md": {"targets": targets, "measured": measured},
-    "benchmarks/NOTES.md": {"floors": floors},
+    "benchmarks/NOTES.md": {"floors": floors, "disassembly": disassembly},
     "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
     "benchmarks/quality/README.md": {"training": training, "scoring": scoring},
 }

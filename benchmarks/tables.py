@@ -166,6 +166,22 @@ def floors() -> str:
     return markdown([*header, *names], rows)
 
 
+def disassembly() -> str:
+    """The inner loops of the compiled kernels, and the time they predict."""
+    result = json.loads((RESULTS / "disassembly.json").read_text())
+    header = ["kernel", "tile", "warps", "registers", "shared", "programs", "instructions"]
+    header += ["cycles: issue", "matrix", "exp", "overlapped", "in turn"]
+    rows = []
+    for kernel in result["kernels"]:
+        cycles = [f"{kernel['cycles'][part]:.0f}" for part in ("issue", "matrix", "exponentials")]
+        times = [format_seconds(kernel[f"seconds_{how}"]) for how in ("overlapped", "in_turn")]
+        counts = [str(kernel[name]) for name in ("warps", "registers")]
+        shared, programs = f"{kernel['shared_bytes'] >> 10} KiB", str(kernel["programs"])
+        tile, total = " x ".join(map(str, kernel["tile"])), str(sum(kernel["instructions"].values()))
+        rows.append([kernel["what"], tile, *counts, shared, programs, total, *cycles, *times])
+    return f"Compiled for {result['chip']} by Triton {result['triton']}:\n\n{markdown(header, rows)}"
+
+
 def points(found: Sequence[Device]) -> list[Point]:
     """Measured rows at the targets' shapes where there are any, else what the ceilings allow."""
     placed = []
