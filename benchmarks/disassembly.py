@@ -56,9 +56,7 @@ def predicted(what: str, launch: Launch, pairs: float) -> dict[str, Any]:
     registers, spilled = resources(kernel)
     loop = main_loop(cuobjdump(kernel, "-sass"))
     warps, shared = launch.options["num_warps"], kernel.metadata.shared
-    rows, columns = (
-        launch.arguments[name] for name in launch.arguments if name in ("BLOCK_M", "BLOCK_E", "BLOCK_N", "BLOCK_K")
-    )
+    rows, columns = (size for name, size in launch.arguments.items() if name in BLOCKS)
     tile, itemsize = rows * columns, launch.arguments["key_ptr"].dtype.itemsize
     cycles = {
         "issue": loop.total() * warps / ISSUED,

@@ -141,7 +141,9 @@ def main(folder: Path) -> int:
     end = time.monotonic() + TOTAL
     for step in steps(folder):
         left = int(end - time.monotonic())
-        step = step._replace(limit=min(step.limit, left), missing=step.missing if left > 2 * GRACE else OUT_OF_TIME)
+        step = step._replace(
+            limit=min(step.limit, left), missing=step.missing or (None if left > 2 * GRACE else OUT_OF_TIME)
+        )
         record["steps"][step.name] = run(step, log, lambda text: print(text, flush=True))
         record["tests"] = test_counts(folder / "gpu-tests.xml")
         (folder / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")

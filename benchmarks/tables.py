@@ -163,7 +163,11 @@ def floors() -> str:
         rows.append([kernel.what, *amounts, *times, floor, format_seconds(sum(parts.values())), *runs])
     names = [device.name for device in devices()] or ["NVIDIA H200"]
     header = ["kernel", "FLOPs", "bytes", "exponentials", "matrix", "moving bytes", "exp", "floor", "nothing overlaps"]
-    return markdown([*header, *names], rows)
+    return (
+        f"Assumed of an H200 until it is measured: {work.H200_FLOPS_PER_S / 1e12:.0f} TFLOP/s, "
+        f"{work.H200_BYTES_PER_S / 1e12:.1f} TB/s, {work.H200_EXPONENTIALS_PER_S / 1e12:.2f}e12 exponentials/s.\n\n"
+        + markdown([*header, *names], rows)
+    )
 
 
 def disassembly() -> str:

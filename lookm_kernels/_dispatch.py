@@ -43,8 +43,8 @@ def why_missing(backend: str) -> str | None:
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the `with` block on one backend, on tensors of any device.
 
-    Without it the Triton kernels run on a GPU, for all they take (not float64, heads of up to 512, float8 from compute
-    capability 8.9 on), and the reference for everything else.
+    Without it the Triton kernels run on a GPU, for all they take (not float64, heads of up to 512), and the reference
+    for everything else.
 
     ValueError for an unknown backend, RuntimeError with the reason for one that is missing here; an op raises
     ValueError for tensors that the backend does not take.
@@ -67,11 +67,7 @@ def why_only_reference(*tensors: Tensor) -> str | None:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "float64, which the other backends are tested against, is the reference's alone"
     width = tensors[0].shape[-1] if tensors[0].ndim == 4 else 0
-    if width > WIDEST_HEAD:
-        return f"a head dimension of {width} is above {WIDEST_HEAD}"
-    if tensors[0].dtype == FP8 and not _multiplies_float8(tensors[0].device):
-        return "the GPU does not multiply float8_e4m3fn: compute capability 8.9 does"
-    return None
+    return f"a head dimension of {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else None
 
 
 def _multiplies_float8(device: torch.device) -> bool:
@@ -95,15 +91,24 @@ def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]
     """The function `op` of file `module` of the backend for `tensors`.
 
     The one that use_backend chose, ValueError for tensors it does not take; else the device's default, or the reference
-    for what that does not take.
+    for what that does not take. RuntimeError for float8 on a GPU that does not multiply it: it would only be slower.
     """
-    backend = _forced or default_backend(tensors[0].device.type)
+    first = tensors[0]
+    backend = _forced or default_backend(first.device.type)
     reason = None if backend == "reference" else why_only_reference(*tensors)
     if reason is not None and _forced:
         raise ValueError(f"backend {backend}: {reason}")
     backend = backend if reason is None else "reference"
+    if backend != "reference" and first.dtype == FP8 and not _multiplies_float8(first.device):
+        raise RuntimeError("float8_e4m3fn needs a GPU of compute capability 8.9 or newer (or backend reference)")
     function: Callable[..., Any] = getattr(importlib.import_module(f"lookm_kernels.{backend}.{module}"), op)
-    return function
+    # kernels are launched on the current device, which need not be that of the tensors
+    return functools.partial(_on_device, first.device, function) if first.device.type == "cuda" else function
+
+
+def _on_device(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.cuda.device(device):
+        return function(*arguments)
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ SMALLEST_EXPONENT = -14  # of a normal float16
 def quantize_heads(x: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A tensor as float8_e4m3fn with one scale a (row, head): x ~ quantized * scale, to 1/16 of each large element.
 
-        scale = the smallest power of two under which no element of the head exceeds 448, the largest float8_e4m3fn
+        scale = a power of two, 2 ** -14 or more, under which no element of the head exceeds 448, the largest float8
 
     A power of two makes the division exact, so each element is rounded once. For attention_scores, whose head_scale is
     the product of the query's and the key's scale.

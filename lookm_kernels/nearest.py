@@ -22,8 +22,8 @@ def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Te
 
         pivot[e] = argmax over kept c of cos(k_e, k_c), ties to the lower index
 
-    A zero-norm key has cosine 0 with every key; a cosine that is not a number counts as 0. The E x K matrix of cosines
-    is never held as a whole.
+    Keys that are equal tie; of keys that only point the same way the rounded cosines decide. A zero-norm key has cosine
+    0 with every key; a cosine that is not a number counts as 0. The E x K matrix of cosines is never held as a whole.
 
     Args:
         key: [B, H, N, D], as cached (float16, bfloat16, float32 or float64).

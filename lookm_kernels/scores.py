@@ -61,7 +61,8 @@ def attention_scores(
         query_position: [B, M] int32, where each query stands among the N tokens: strictly ascending, -1 (first) for an
             empty place, which counts 0. For queries picked out of a prompt: the time falls with their number.
         head_scale: [B, Hq] float32 (or float64), a positive factor of a head's logits beside scale: what quantize_heads
-            divided float8 queries and keys by.
+            divided float8 queries and keys by. Products of float8 are added up as precisely as the GPU's matrix units
+            do it, on Hopper in fewer bits than float32 has.
 
     Returns:
         [B, H, N] float32 (float64 for float64 inputs). A query that sees no key contributes nothing.

@@ -29,7 +29,7 @@ WIDTHS = {
     torch.float16: [128],
     torch.bfloat16: [64, 128, 256, 512],
     torch.float32: [32, 64, 128, 256, 512],
-    FP8: [128, 256, 512],
+    FP8: [16, 128, 256, 512],
 }
 # float8_e4m3fn came with 8.9; gfx942 has another format
 FLOAT8_CHIPS = ("sm_86", "sm_90", "sm_100")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -52,7 +53,6 @@ def gpu_with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (torch.float32, 512, "triton"),
         (torch.float32, 513, "reference"),
         (torch.float64, 128, "reference"),
-        (FP8, 128, "reference"),
     ],
 )
 def test_a_gpu_runs_triton_for_what_it_takes(dtype: torch.dtype, width: int, backend: str) -> None:
@@ -61,6 +61,22 @@ def test_a_gpu_runs_triton_for_what_it_takes(dtype: torch.dtype, width: int, bac
     with patch.object(importlib, "import_module", lambda name: chosen.append(name) or SimpleNamespace(run=None)):
         implementation("run", "scores", on_gpu)  # type: ignore[arg-type]
     assert chosen == [f"lookm_kernels.{backend}.scores"]
+
+
+@pytest.mark.usefixtures("gpu_with_triton")
+def test_float8_on_a_gpu_without_it_is_refused() -> None:
+    on_gpu = SimpleNamespace(dtype=FP8, ndim=4, shape=(1, 1, 1, 128), device=torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match=r"float8_e4m3fn needs a GPU of compute capability 8\.9"):
+        implementation("attention_scores", "scores", on_gpu)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("gpu_with_triton")
+def test_a_kernel_is_launched_on_the_device_of_its_tensors() -> None:
+    on_gpu = SimpleNamespace(dtype=torch.float16, ndim=4, shape=(1, 1, 1, 128), device=torch.device("cuda", 3))
+    entered: list[torch.device] = []
+    with patch.object(torch.cuda, "device", lambda device: entered.append(device) or nullcontext()):
+        assert implementation("chip", "_configs", on_gpu)(torch.device("cpu")) == "sm_90"  # type: ignore[arg-type]
+    assert entered == [torch.device("cuda", 3)]
 
 
 def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:

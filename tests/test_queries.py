@@ -123,7 +123,8 @@ def test_a_window_of_chosen_queries(queries: str):
     torch.testing.assert_close(policy.score(given), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_picking_pays_from_half_on():
+def test_a_policy_with_weights_picks():
+    """However many of a row: were it left to their share, the other rows of a batch would decide."""
     image = IMAGES["ragged"][:1]
     prompt = Prompt(image, None, [9], [4], [0])
     text = int((~image).sum())
@@ -131,7 +132,8 @@ def test_picking_pays_from_half_on():
     weight, picked = pick_queries(Policy(queries="text"), prompt, TOKENS)
     assert picked.tolist() == [[token for token in range(TOKENS) if not image[0, token]]]
     assert weight.sum() == text
-    assert pick_queries(Policy(queries="text"), replace(prompt, image=~image), TOKENS)[1] is None
+    weight, picked = pick_queries(Policy(queries="text"), replace(prompt, image=~image), TOKENS)
+    assert picked.shape == (1, TOKENS - text)
     both = Prompt(IMAGES["no text"], None, [9, 9], [4, 4], [0, 0])
     assert pick_queries(Policy(queries="text"), both, TOKENS)[1].tolist()[1] == [-1] * 7
     none = pick_queries(Policy(queries="text"), Prompt(IMAGES["no text"][1:], None, [9], [4], [0]), TOKENS)[1]
@@ -224,8 +226,7 @@ def test_text_is_what_the_model_says_is_text(calls: list):
     read([(9, IMAGE, 12)], queries="text")
     ids = LLAVA.inputs([LLAVA.prompt((9, IMAGE, 12))])["input_ids"]
     text = (~image_mask(ids)).nonzero()[:, 1]
-    # more than half of the tokens: all are passed, those of the image without weight
     assert len(text) == 23
     for call in calls:
-        assert call["query_position"] is None
-        assert torch.equal(call["query_weight"][0].nonzero()[:, 0], text)
+        assert torch.equal(call["query_position"][0].long(), text)
+        assert torch.equal(call["query_weight"], torch.ones(1, 23))

@@ -42,14 +42,14 @@ Run = Callable[[Config], None]
 _fastest: dict[tuple[object, ...], Config] = {}
 
 
-def padded_width(width: int) -> int:
-    """Head dimension rounded up to a power of two that the matrix units take."""
-    return max(16, 1 << (width - 1).bit_length())
+def padded_width(width: int, dtype: torch.dtype) -> int:
+    """Head dimension rounded up to a power of two that the matrix units take: 32 bytes at least."""
+    return max(32 if dtype.itemsize == 1 else 16, 1 << (width - 1).bit_length())
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> int:
     """Bytes of a padded row, at least 128: what the tables of tiles are keyed by."""
-    return max(128, padded_width(width) * dtype.itemsize)
+    return max(128, padded_width(width, dtype) * dtype.itemsize)
 
 
 def launch(
@@ -57,9 +57,11 @@ def launch(
 ) -> None:
     """Run a kernel, `run(config)`, with the tile for `tensor` [..., D]: for its head size, dtype and chip.
 
-    With LOOKM_AUTOTUNE=1 with the fastest of that tile and the candidates, timed once for every dtype and `sizes` (all
-    that the time depends on). Only for kernels that write nothing they read, as they run many times then. Tiles add in
-    different orders: a process that measures another winner gives other last bits.
+    With LOOKM_AUTOTUNE=1 with the fastest of that tile and the candidates, timed once for every dtype and `sizes`: what
+    the time of a row depends on, not how many rows there are, which would let the batch decide a row's bits. Timing
+    waits for the device, and must not happen in the capture of a graph. Only for kernels that write nothing they read,
+    as they run many times then. Tiles add in different orders: a process that measures another winner gives other
+    last bits.
     """
     tiles = FLOAT32 if tensor.dtype == torch.float32 else table[chip(tensor.device)]
     fixed = tiles[row_bytes(tensor.shape[-1], tensor.dtype)]

@@ -83,7 +83,7 @@ def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Te
     if evicted.shape[2] == 0:
         return pivot, similarity
     inverse = key.new_empty((batch, heads, tokens), dtype=torch.float32)
-    strides, block_d = key.stride()[:3], padded_width(width)
+    strides, block_d = key.stride()[:3], padded_width(width, key.dtype)
     _norm_kernel[(triton.cdiv(tokens, NORM_ROWS) * batch * heads,)](
         key, inverse, *strides, heads, tokens, width, BLOCK_N=NORM_ROWS, BLOCK_D=block_d, num_warps=4,
         enable_fp_fusion=False,
@@ -97,5 +97,5 @@ def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Te
             BLOCK_E=tile.rows, BLOCK_K=tile.columns, BLOCK_D=block_d, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    launch("nearest", CONFIGS, CANDIDATES, key, (batch, *sizes), run)
+    launch("nearest", CONFIGS, CANDIDATES, key, sizes, run)
     return pivot, similarity

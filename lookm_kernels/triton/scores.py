@@ -60,6 +60,9 @@ def _add_queries(
         attention = tl.exp2(tl.fma(x, factor, -lse[:, None]))
         if HAS_WEIGHT:
             attention *= weight[:, None]
+        if HAS_WEIGHT or HAS_POSITION:
+            # of a key that is no number a query left out knows nothing; without these the last query sees every key
+            attention = tl.where(used[:, None], attention, 0.0)
         if COMPARE:
             position = positions(position_ptr, m, M, N, HAS_POSITION)
             attention = tl.where(n[None, :] <= position[:, None], attention, 0.0)
@@ -190,10 +193,10 @@ def attention_scores(
         "HAS_HEAD_SCALE": head_scale is not None,
         "HAS_MASK": mask is not None,
         "HAS_SOFTCAP": softcap is not None,
-        "BLOCK_D": padded_width(width),
+        "BLOCK_D": padded_width(width, query.dtype),
         "enable_fp_fusion": False,
     }
-    shape = (batch, *sizes[:4], *flags.values())
+    shape = (*sizes[:4], query_weight is not None, *flags.values())
     if lse is not None:
         lse = lse.contiguous() * _lse.LOG2_E.value
     else:

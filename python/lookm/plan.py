@@ -70,18 +70,15 @@ def make_plan(layer: LookMLayer, queries: int, remaining: int, mask: Tensor | No
 def pick_queries(policy: Policy, prompt: Prompt, queries: int) -> tuple[Tensor | None, Tensor | None]:
     """query_weight [B, M] of the last M queries of the prompt, and those `picked`, as lookm.policy.Attention has them.
 
-    Picked are the queries with a weight where these are at most half of each row.
+    Picked are the queries with a weight, wherever the policy gives weights: were it for few of them only, the other
+    rows of a batch would decide the last bits of a row.
     """
     weight = policy.query_weight(prompt)
-    if prompt.valid is not None:
-        weight = prompt.valid.float() if weight is None else weight * prompt.valid
     if weight is None:
-        return None, None
-    weight = weight[:, -queries:]
+        return None if prompt.valid is None else prompt.valid[:, -queries:].float(), None
+    weight = (weight if prompt.valid is None else weight * prompt.valid)[:, -queries:]
     used = weight != 0
     most = int(used.sum(1).max())
-    if 2 * most > queries:
-        return weight, None
     place = torch.arange(queries, dtype=torch.int32, device=weight.device)
     return weight, torch.where(used, place, -1).sort(1).values[:, queries - most :]
 

@@ -77,8 +77,7 @@ class Attention:
 
     query [B, Hq, M, D], key [B, H, N, D] after rotary embedding, the queries being the last M of the N tokens.
     query_weight: [B, M] float32, how much each query counts (Policy.query_weight), 0 for padding; None: all 1.
-    picked: [B, M'] int32, those of the M queries with a weight, ascending, -1 (first) for an empty place; None where
-        too few are without one to be worth picking.
+    picked: [B, M'] int32, those of the M queries with a weight, ascending, -1 (first) for an empty place; None for all.
     fp8: score on 8-bit floats.
     The other fields are the arguments of lookm_kernels.attention_scores; a mask beside causal hides padding, nothing
     else. The prompt is the last prompt.image.shape[1] of the N tokens: earlier ones belong to turns that were
@@ -186,7 +185,9 @@ class Policy:
         alone; "sampled", those of text tokens, and of every `stride`-th image token of a row, which counts `stride`
         times: averaged over the phases that is "all".
     stride, phase: of "sampled": image token c of a row, from 0 on, looks where c % stride == phase.
-    fp8: sum the attention of 8-bit floats, one scale a head, for GPUs that multiply them faster; not for float64.
+    fp8: sum the attention of 8-bit floats, one scale a head, for GPUs that multiply them faster; not for float64. It is
+        normalised by the model's own sums where these come free (sdpa without a mask), else by those of the 8-bit
+        floats, so a row alone and in a padded batch may score a few percent apart.
     evicts, looks: a class may say that it evicts nothing, or that its scores need no attention.
     ValueError for a value outside of what is said here.
     """
