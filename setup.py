@@ -102,11 +102,11 @@ def find_tool(name: str) -> str:
             if version and tuple(map(int, version[0].split("."))) >= OLDEST[name]:
                 return program
             found = f"{program} is {version[0] if version else 'of an unknown version'}"
-    raise LookupError(f"{at_least(name, ' ')} is needed, {found}")
+    raise LookupError(f"{name} {dotted(OLDEST[name])} or newer is needed, {found}")
 
 
-def at_least(name: str, separator: str) -> str:
-    return f"{name}{separator}{'.'.join(map(str, OLDEST[name]))}"
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
@@ -116,7 +116,7 @@ def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) 
         try:
             find_tool(name)
         except LookupError:
-            missing.append(at_least(name, ">="))
+            missing.append(f"{name}>={dotted(OLDEST[name])}")
     return missing
 
 
@@ -164,11 +164,15 @@ def cmake_folder(nvcc: str, cuda: str) -> Path:
 
 
 class BuildExtension(build_ext):
-    """Lets CMake do the work."""
+    """Lets CMake do the work, then records it in the package."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "lookm_kernels" if self.inplace else Path(self.build_lib, "lookm_kernels")
+        (package / "_build.json").write_text(json.dumps(plan()[1]) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
         nvcc, record = plan()
-        assert nvcc
         print(f"lookm-kernels: CUDA extension for sm_{', sm_'.join(record['archs'])} by {nvcc}", flush=True)
         folder = cmake_folder(nvcc, record["cuda"])
         configure = cmake_command(nvcc, record["archs"], folder)
@@ -185,15 +189,15 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves a record in the package of what was built, or why not."""
+    """Records in the package why the extension is not built; an editable one may have an extension of earlier."""
 
     def run(self) -> None:
         super().run()
-        package = ROOT / "lookm_kernels" if self.editable_mode else Path(self.build_lib, "lookm_kernels")
-        (package / "_build.json").write_text(json.dumps(plan()[1]) + "\n")
-        if self.editable_mode and not self.distribution.ext_modules:
+        if not self.distribution.ext_modules:
+            package = ROOT / "lookm_kernels" if self.editable_mode else Path(self.build_lib, "lookm_kernels")
             for old in package.glob("_C.*"):
                 old.unlink()
+            (package / "_build.json").write_text(json.dumps(plan()[1]) + "\n")
 
 
 # executed, not imported, by setuptools
