@@ -57,18 +57,22 @@ struct Merge {
 };
 // How the evicted tokens of all rows are sorted and cut, and where that lies in the workspace (offsets in bytes).
 struct MergePlan {
-    std::int64_t items;   // B H E tokens to sort
-    int key_bytes;        // 4 or 8 bytes of a sort key: row (K + 1) + pivot, K for "merges nowhere"
-    int key_bits;         // of them the bits that are sorted
-    std::int64_t tiles;   // whole tiles of a row's sorted order
-    std::size_t keys, sorted_keys, places, order, starts, sums, sort, sort_bytes;
-    std::size_t bytes;    // of the whole workspace
+    std::int64_t items;      // B H E tokens to sort
+    int key_bytes;           // 4 or 8 bytes of a sort key: row (K + 1) + pivot, K instead for "merges nowhere"
+    int key_bits;            // of them those that are sorted
+    std::int64_t tiles;      // whole tiles in the sorted order of one row
+    std::size_t keys[2];     // [items] sort keys, twice
+    std::size_t places[2];   // [items] int32 places in the evicted list of a row, twice
+    std::size_t starts;      // [B H, K + 1] int32 where the run of a pivot begins in the sorted order of its row
+    std::size_t sums;        // [B H, tiles, D + Dv] float32
+    std::size_t sort;        // what CUB needs, the rest of the workspace
 };
-// Without sort_bytes, which only CUB knows: 0 here.
-MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, std::int64_t widths);
-// Bytes of workspace that merge needs on the current device.
-cudaError_t merge_workspace(const Merge &arguments, std::size_t *bytes);
-cudaError_t merge(const Merge &arguments, void *workspace, cudaStream_t stream);
+MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, std::int64_t key_width,
+                     std::int64_t value_width);
+// Bytes of the whole workspace on the current device.
+cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes);
+// workspace: `bytes` of device memory, at a multiple of 256.
+cudaError_t merge(const Merge &arguments, void *workspace, std::size_t bytes, cudaStream_t stream);
 
 // compact.cu: the kept rows move to the front, in place.
 struct Compact {

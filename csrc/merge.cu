@@ -1,0 +1,314 @@
+// Merging: evicted tokens sorted by pivot, fixed tiles of that order summed, then one warp a pivot.
+//
+// A tile that lies inside one pivot's run is summed ahead by a warp of its own, so a pivot that attracts everything adds
+// tiles, not tokens. Lanes hold neighbouring pieces of a key row and of a value row, and every sum has one fixed order.
+#include <algorithm>
+
+#include <cub/device/device_radix_sort.cuh>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common.cuh"
+
+namespace lookm {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocks = 4;  // at least that many on a multiprocessor: the kernels wait for memory
+constexpr int kTile = 128;
+constexpr int kAhead = 4;  // rows that a lane reads before it adds the first of them
+constexpr unsigned kAll = 0xffffffff;
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ void round_to(float *out, float x) { *out = x; }
+__device__ void round_to(__half *out, float x) { *out = __float2half_rn(x); }
+__device__ void round_to(__nv_bfloat16 *out, float x) { *out = __float2bfloat16_rn(x); }
+
+// Neighbouring elements that one access reads or writes.
+template <typename T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Pack {
+    T x[COUNT];
+};
+
+template <typename Key>
+__global__ void __launch_bounds__(kThreads) keys_kernel(const int *evicted, const int *pivot, const float *weight,
+                                                        Key *keys, int *places, std::int64_t items, int kept_size,
+                                                        int evicted_size) {
+    const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (item >= items) return;
+    const std::int64_t row = item / evicted_size;
+    const int to = pivot[item];
+    const bool merges = evicted[item] >= 0 && to >= 0 && weight[item] != 0.0f;
+    keys[item] = static_cast<Key>(row) * (kept_size + 1) + (merges ? to : kept_size);
+    places[item] = static_cast<int>(item - row * evicted_size);
+}
+
+// Where the run of every pivot, and of what merges nowhere, begins: a binary search for each.
+template <typename Key>
+__global__ void __launch_bounds__(kThreads) starts_kernel(const Key *keys, int *starts, std::int64_t groups,
+                                                          int kept_size, int evicted_size) {
+    const std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (group >= groups) return;
+    keys += group / (kept_size + 1) * evicted_size;
+    int low = 0, high = evicted_size;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        if (keys[middle] < static_cast<Key>(group)) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    starts[group] = low;
+}
+
+// The evicted tokens of one (row, head) in the order of their pivots.
+struct Members {
+    const int *order, *evicted;
+    const float *weight;
+};
+
+// One lane's piece of the key or value rows of one (row, head).
+template <typename T, int COUNT>
+struct Piece {
+    T *x;
+    std::int64_t stride;
+    bool inside;  // whether the rows are that wide; every lane of a warp takes part in `add` all the same
+
+    __device__ Pack<T, COUNT> &at(int token) const {
+        return *reinterpret_cast<Pack<T, COUNT> *>(x + token * stride);
+    }
+
+    // Adds weight x of the tokens at places begin to end - 1 of the order.
+    __device__ void add(float (&sum)[COUNT], const Members &members, int begin, int end) const {
+        const int lane = threadIdx.x % kWarp;
+        for (int first = begin; first < end; first += kWarp) {
+            int own_token = 0;
+            float own_weight = 0.0f;
+            if (first + lane < end) {
+                const int place = members.order[first + lane];
+                own_token = members.evicted[place];
+                own_weight = members.weight[place];
+            }
+            const int count = min(kWarp, end - first);
+            for (int begin_ahead = 0; begin_ahead < count; begin_ahead += kAhead) {
+                Pack<T, COUNT> ahead[kAhead];
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    const int token = __shfl_sync(kAll, own_token, begin_ahead + i);
+                    if (inside && begin_ahead + i < count) ahead[i] = at(token);
+                }
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    const float weight = __shfl_sync(kAll, own_weight, begin_ahead + i);
+                    if (inside && begin_ahead + i < count) {
+                        for (int j = 0; j < COUNT; ++j) sum[j] += weight * to_float(ahead[i].x[j]);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// What the kernels that sum share: the operands, and the pieces that the lanes of a warp hold.
+template <typename T, int COUNT>
+struct Layer {
+    Rows key, value;
+    const int *order, *evicted;
+    const float *weight;
+    float *sums;
+    int heads, evicted_size;
+    std::int64_t tiles;
+
+    __device__ int pieces() const { return static_cast<int>((key.width + value.width) / COUNT); }
+
+    __device__ Members members(std::int64_t row) const {
+        const std::int64_t offset = row * evicted_size;
+        return {order + offset, evicted + offset, weight + offset};
+    }
+
+    __device__ Piece<T, COUNT> piece(std::int64_t row, int number) const {
+        const std::int64_t element = static_cast<std::int64_t>(number) * COUNT;
+        const bool of_key = element < key.width;
+        const Rows &x = of_key ? key : value;
+        const std::int64_t offset = row / heads * x.stride_b + row % heads * x.stride_h;
+        return {static_cast<T *>(x.data) + offset + (of_key ? element : element - key.width), x.stride_n,
+                element < key.width + value.width};
+    }
+
+    __device__ Pack<float, COUNT> &tile_sum(std::int64_t row, std::int64_t tile, int number) const {
+        float *sum = sums + (row * tiles + tile) * (key.width + value.width);
+        return reinterpret_cast<Pack<float, COUNT> *>(sum)[number];
+    }
+};
+
+// One warp a tile, of those that lie inside the run of a pivot.
+template <typename T, int COUNT, typename Key>
+__global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT> layer, const Key *keys, std::int64_t all_tiles,
+                                                        int kept_size) {
+    const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    if (number >= all_tiles) return;
+    const std::int64_t row = number / layer.tiles, tile = number % layer.tiles;
+    const int begin = static_cast<int>(tile) * kTile, end = begin + kTile;
+    keys += row * layer.evicted_size;
+    const Key group = keys[begin];
+    if (group != keys[end - 1] || group == static_cast<Key>(row) * (kept_size + 1) + kept_size) return;
+    for (int first = 0; first < layer.pieces(); first += kWarp) {
+        const int own = first + threadIdx.x % kWarp;
+        const Piece<T, COUNT> piece = layer.piece(row, own);
+        float sum[COUNT] = {};
+        piece.add(sum, layer.members(row), begin, end);
+        if (piece.inside) {
+            for (int j = 0; j < COUNT; ++j) layer.tile_sum(row, tile, own).x[j] = sum[j];
+        }
+    }
+}
+
+// One warp a kept token: the tokens before the first whole tile of its run, the whole tiles, the tokens after the last.
+template <typename T, int COUNT>
+__global__ void __launch_bounds__(kThreads, kBlocks) merge_kernel(Layer<T, COUNT> layer, const int *kept, const int *starts,
+                                                         const float *kept_weight, std::int64_t pivots, int kept_size) {
+    const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    if (number >= pivots) return;
+    const std::int64_t row = number / kept_size;
+    const int token = kept[number], begin = starts[number + row], end = starts[number + row + 1];
+    const float own_weight = kept_weight[number];
+    // an empty place, or nothing to change: what is not rewritten keeps its bits
+    if (token < 0 || (begin == end && own_weight == 1.0f)) return;
+    const int first_tile = (begin + kTile - 1) / kTile, last_tile = end / kTile;
+    const int head = min(end, first_tile * kTile), tail = max(head, last_tile * kTile);
+    for (int first = 0; first < layer.pieces(); first += kWarp) {
+        const int own = first + threadIdx.x % kWarp;
+        const Piece<T, COUNT> piece = layer.piece(row, own);
+        Pack<T, COUNT> held;
+        float sum[COUNT] = {};
+        if (piece.inside) {
+            held = piece.at(token);
+            for (int j = 0; j < COUNT; ++j) sum[j] = own_weight * to_float(held.x[j]);
+        }
+        piece.add(sum, layer.members(row), begin, head);
+        if (piece.inside) {
+#pragma unroll 4
+            for (int tile = first_tile; tile < last_tile; ++tile) {
+                const Pack<float, COUNT> tile_sum = layer.tile_sum(row, tile, own);
+                for (int j = 0; j < COUNT; ++j) sum[j] += tile_sum.x[j];
+            }
+        }
+        piece.add(sum, layer.members(row), tail, end);
+        if (piece.inside) {
+            for (int j = 0; j < COUNT; ++j) round_to(&held.x[j], sum[j]);
+            piece.at(token) = held;
+        }
+    }
+}
+
+template <typename X>
+X *in_workspace(void *workspace, std::size_t offset) {
+    return reinterpret_cast<X *>(static_cast<char *>(workspace) + offset);
+}
+
+template <typename T, int COUNT, typename Key>
+cudaError_t sum_groups(const Merge &a, const MergePlan &plan, void *workspace, const Key *keys, const int *order,
+                       cudaStream_t stream) {
+    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads, tiles = rows * plan.tiles;
+    const std::int64_t pivots = rows * a.kept_size;
+    const Layer<T, COUNT> layer{a.key,   a.value,        order,     a.evicted, a.evicted_weight,
+                                in_workspace<float>(workspace, plan.sums), a.heads, a.evicted_size, plan.tiles};
+    const cudaError_t error = launch(tile_kernel<T, COUNT, Key>, ceil_div(tiles, kWarps), kThreads, 0, stream, layer,
+                                     keys, tiles, a.kept_size);
+    if (error != cudaSuccess) return error;
+    return launch(merge_kernel<T, COUNT>, ceil_div(pivots, kWarps), kThreads, 0, stream, layer, a.kept,
+                  in_workspace<const int>(workspace, plan.starts), a.kept_weight, pivots, a.kept_size);
+}
+
+template <typename T, typename Key>
+cudaError_t sum_groups_of(const Merge &a, const MergePlan &plan, void *workspace, const Key *keys, const int *order,
+                          cudaStream_t stream) {
+    constexpr int item = sizeof(T);
+    switch (std::min(access_bytes(a.key, a.batch, a.heads, a.tokens, item),
+                     access_bytes(a.value, a.batch, a.heads, a.tokens, item))) {
+        case 16: return sum_groups<T, 16 / item>(a, plan, workspace, keys, order, stream);
+        case 8: return sum_groups<T, 8 / item>(a, plan, workspace, keys, order, stream);
+        case 4: return sum_groups<T, 4 / item>(a, plan, workspace, keys, order, stream);
+        default: return sum_groups<T, 1>(a, plan, workspace, keys, order, stream);
+    }
+}
+
+template <typename Key>
+cudaError_t merge_by(const Merge &a, const MergePlan &plan, void *workspace, std::size_t bytes, cudaStream_t stream) {
+    cub::DoubleBuffer<Key> keys(in_workspace<Key>(workspace, plan.keys[0]), in_workspace<Key>(workspace, plan.keys[1]));
+    cub::DoubleBuffer<int> places(in_workspace<int>(workspace, plan.places[0]),
+                                  in_workspace<int>(workspace, plan.places[1]));
+    cudaError_t error = launch(keys_kernel<Key>, ceil_div(plan.items, kThreads), kThreads, 0, stream, a.evicted,
+                               a.pivot, a.evicted_weight, keys.Current(), places.Current(), plan.items, a.kept_size,
+                               a.evicted_size);
+    if (error != cudaSuccess) return error;
+    std::size_t sort_bytes = bytes - plan.sort;
+    error = cub::DeviceRadixSort::SortPairs(in_workspace<void>(workspace, plan.sort), sort_bytes, keys, places,
+                                            plan.items, 0, plan.key_bits, stream);
+    if (error != cudaSuccess) return error;
+    const std::int64_t groups = static_cast<std::int64_t>(a.batch) * a.heads * (a.kept_size + std::int64_t{1});
+    error = launch(starts_kernel<Key>, ceil_div(groups, kThreads), kThreads, 0, stream, keys.Current(),
+                   in_workspace<int>(workspace, plan.starts), groups, a.kept_size, a.evicted_size);
+    if (error != cudaSuccess) return error;
+    switch (a.dtype) {
+        case Dtype::kFloat16:
+            return sum_groups_of<__half>(a, plan, workspace, keys.Current(), places.Current(), stream);
+        case Dtype::kBFloat16:
+            return sum_groups_of<__nv_bfloat16>(a, plan, workspace, keys.Current(), places.Current(), stream);
+        default: return sum_groups_of<float>(a, plan, workspace, keys.Current(), places.Current(), stream);
+    }
+}
+
+template <typename Key>
+cudaError_t sort_bytes_of(const MergePlan &plan, std::size_t *bytes) {
+    cub::DoubleBuffer<Key> keys;
+    cub::DoubleBuffer<int> places;
+    return cub::DeviceRadixSort::SortPairs(nullptr, *bytes, keys, places, plan.items, 0, plan.key_bits);
+}
+
+}  // namespace
+
+MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, std::int64_t key_width,
+                     std::int64_t value_width) {
+    const std::int64_t rows = static_cast<std::int64_t>(batch) * heads, groups = rows * (kept_size + std::int64_t{1});
+    MergePlan plan{};
+    plan.items = rows * evicted_size;
+    plan.tiles = evicted_size / kTile;
+    while (plan.key_bits < 63 && groups > std::int64_t{1} << plan.key_bits) ++plan.key_bits;
+    plan.key_bits = std::max(plan.key_bits, 1);
+    plan.key_bytes = plan.key_bits <= 32 ? 4 : 8;
+    std::size_t end = 0;
+    const auto take = [&end](std::int64_t count, std::size_t item) {
+        const std::size_t begin = end;
+        end += ceil_div(static_cast<std::int64_t>(count * item), 256) * 256;
+        return begin;
+    };
+    for (std::size_t &keys : plan.keys) keys = take(plan.items, plan.key_bytes);
+    for (std::size_t &places : plan.places) places = take(plan.items, sizeof(int));
+    plan.starts = take(groups, sizeof(int));
+    plan.sums = take(rows * plan.tiles * (key_width + value_width), sizeof(float));
+    plan.sort = end;
+    return plan;
+}
+
+cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes) {
+    std::size_t sort_bytes = 0;
+    const cudaError_t error = plan.key_bytes == 4 ? sort_bytes_of<std::uint32_t>(plan, &sort_bytes)
+                                                  : sort_bytes_of<std::uint64_t>(plan, &sort_bytes);
+    *bytes = plan.sort + sort_bytes;
+    return error;
+}
+
+cudaError_t merge(const Merge &a, void *workspace, std::size_t bytes, cudaStream_t stream) {
+    if (a.kept_size == 0) return cudaSuccess;
+    const MergePlan plan = merge_plan(a.batch, a.heads, a.kept_size, a.evicted_size, a.key.width, a.value.width);
+    return plan.key_bytes == 4 ? merge_by<std::uint32_t>(a, plan, workspace, bytes, stream)
+                               : merge_by<std::uint64_t>(a, plan, workspace, bytes, stream);
+}
+
+}  // namespace lookm
