@@ -33,6 +33,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHS = ("80", "86", "89", "90", "100", "120")
+DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 OLDEST = {"cmake": (3, 24), "ninja": (1, 10)}
 WITHOUT = "or set LOOKM_BUILD_CUDA=0 to install without the CUDA extension"
 
@@ -45,11 +46,11 @@ def find_nvcc() -> str:
             if found := shutil.which(path):
                 return found
             raise LookupError(f"nvcc was not found: {variable} is set, but {path} is not an executable")
-    if found := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
+    if found := shutil.which("nvcc") or shutil.which(DEFAULT_NVCC):
         return found
     raise LookupError(
-        "nvcc was not found: it is not on PATH, there is no /usr/local/cuda/bin/nvcc, "
-        "and none of CUDACXX, CUDA_HOME and CUDA_PATH is set"
+        f"nvcc was not found: it is not on PATH, there is no {DEFAULT_NVCC}, "
+        f"and none of CUDACXX, CUDA_HOME and CUDA_PATH is set"
     )
 
 
@@ -65,7 +66,9 @@ def chosen_archs(nvcc: str) -> list[str]:
         sys.exit(f"`{nvcc} --list-gpu-arch` fails: repair the CUDA toolkit, {WITHOUT}.")
     asked = os.environ.get("LOOKM_CUDA_ARCHS", "").split(";")
     if asked == [""]:
-        return [arch for arch in ARCHS if arch in known]
+        if not (default := [arch for arch in ARCHS if arch in known]):
+            sys.exit(f"{nvcc} knows none of {', '.join(ARCHS[:-1])} and {ARCHS[-1]}: install a newer one, {WITHOUT}.")
+        return default
     if unknown := [arch for arch in asked if arch not in known]:
         sys.exit(
             f'LOOKM_CUDA_ARCHS must list compute capabilities that {nvcc} knows, such as "80;90", '

@@ -1,4 +1,4 @@
-"""pip install ., pip install -e . and sdist -> wheel, with and without nvcc: what is installed and what it says of itself.
+"""pip install ., pip install -e . and sdist -> wheel, with and without nvcc: what is installed and what it says.
 
 Minutes of compiling, so these tests run by `make test-install` only.
 """
@@ -192,7 +192,7 @@ def test_refused_at_once(source: Path, tmp_path: Path, variables: dict[str, str]
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"LOOKM_CUDA_ARCHS": "90;33"}, 'LOOKM_CUDA_ARCHS must list compute capabilities that .*"80;90", got \'33\''),
+        ({"LOOKM_CUDA_ARCHS": "90;33"}, "LOOKM_CUDA_ARCHS must list compute capabilities that .*\"80;90\", got '33'"),
         ({"CXX": "/nonexistent"}, r"no C\+\+ compiler was found, CXX is /nonexistent: install one"),
         ({"CUDAHOSTCXX": "/nonexistent"}, "CMake could not configure .*CUDAHOSTCXX choose the C.. compiler"),
     ],
