@@ -68,13 +68,13 @@ struct Walk {
 template <typename Chunk>
 __global__ void __launch_bounds__(kThreads) compact_kernel(Rows key, Rows value, const int *kept, int heads,
                                                            int kept_size, int slab_bytes, int key_slabs, int slabs) {
-    const std::int64_t row = blockIdx.x / slabs;
+    const int row = blockIdx.x / slabs;
     const int slab = blockIdx.x % slabs;
     const Rows &x = slab < key_slabs ? key : value;
     const int chunks = slab_bytes / static_cast<int>(sizeof(Chunk));
-    const std::int64_t byte = static_cast<std::int64_t>(slab < key_slabs ? slab : slab - key_slabs) * slab_bytes +
-                              threadIdx.x % chunks * sizeof(Chunk);
-    kept += row * kept_size;
+    const int byte = (slab < key_slabs ? slab : slab - key_slabs) * slab_bytes +
+                     static_cast<int>(threadIdx.x) % chunks * static_cast<int>(sizeof(Chunk));
+    kept += static_cast<std::int64_t>(row) * kept_size;
     const Walk<Chunk> walk{static_cast<char *>(x.data) + row / heads * x.stride_b + row % heads * x.stride_h + byte,
                            x.stride_n,
                            kept,

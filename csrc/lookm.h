@@ -20,14 +20,14 @@ constexpr int item_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2;
 struct Rows {
     void *data;
     std::int64_t stride_b, stride_h, stride_n;
-    std::int64_t width;
+    int width;
 };
 
 // Bytes of the widest access (16, 8, 4 or 2) at which all rows of [batch, heads, tokens, width] start and end.
 inline int access_bytes(const Rows &x, int batch, int heads, int tokens, int item) {
     // the stride of a dimension of size 1 is never used
-    const std::int64_t elements = (batch > 1 ? x.stride_b : 0) | (heads > 1 ? x.stride_h : 0) |
-                                  (tokens > 1 ? x.stride_n : 0) | x.width;
+    const std::int64_t elements =
+        (batch > 1 ? x.stride_b : 0) | (heads > 1 ? x.stride_h : 0) | (tokens > 1 ? x.stride_n : 0) | x.width;
     const std::int64_t bits = reinterpret_cast<std::intptr_t>(x.data) | (elements * item) | 16;
     return static_cast<int>(bits & -bits);
 }
@@ -60,15 +60,14 @@ struct MergePlan {
     std::int64_t items;      // B H E tokens to sort
     int key_bytes;           // 4 or 8 bytes of a sort key: row (K + 1) + pivot, K instead for "merges nowhere"
     int key_bits;            // of them those that are sorted
-    std::int64_t tiles;      // whole tiles in the sorted order of one row
+    int tiles;               // whole tiles in the sorted order of one row
     std::size_t keys[2];     // [items] sort keys, twice
     std::size_t places[2];   // [items] int32 places in the evicted list of a row, twice
     std::size_t starts;      // [B H, K + 1] int32 where the run of a pivot begins in the sorted order of its row
     std::size_t sums;        // [B H, tiles, D + Dv] float32
     std::size_t sort;        // what CUB needs, the rest of the workspace
 };
-MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, std::int64_t key_width,
-                     std::int64_t value_width);
+MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, int key_width, int value_width);
 // Bytes of the whole workspace on the current device.
 cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes);
 // workspace: `bytes` of device memory, at a multiple of 256.

@@ -16,7 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocks = 4;  // at least that many on a multiprocessor: the kernels wait for memory
+constexpr int kBlocks = 3;  // at least that many on a multiprocessor: the kernels wait for memory
 constexpr int kTile = 128;
 constexpr int kAhead = 4;  // rows that a lane reads before it adds the first of them
 constexpr unsigned kAll = 0xffffffff;
@@ -34,26 +34,38 @@ struct alignas(COUNT * sizeof(T)) Pack {
     T x[COUNT];
 };
 
+// The (row, head) of this block, of which every one has `blocks`, and the number of the block in it.
+struct BlockOfRow {
+    int row, block;
+
+    // 32 bits: a division of 64 is a call
+    __device__ explicit BlockOfRow(unsigned blocks)
+        : row(static_cast<int>(blockIdx.x / blocks)), block(static_cast<int>(blockIdx.x % blocks)) {}
+};
+
 template <typename Key>
 __global__ void __launch_bounds__(kThreads) keys_kernel(const int *evicted, const int *pivot, const float *weight,
-                                                        Key *keys, int *places, std::int64_t items, int kept_size,
-                                                        int evicted_size) {
-    const std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (item >= items) return;
-    const std::int64_t row = item / evicted_size;
+                                                        Key *keys, int *places, int kept_size, int evicted_size,
+                                                        unsigned blocks) {
+    const BlockOfRow here(blocks);
+    const int place = here.block * kThreads + static_cast<int>(threadIdx.x);
+    if (place >= evicted_size) return;
+    const std::int64_t item = static_cast<std::int64_t>(here.row) * evicted_size + place;
     const int to = pivot[item];
     const bool merges = evicted[item] >= 0 && to >= 0 && weight[item] != 0.0f;
-    keys[item] = static_cast<Key>(row) * (kept_size + 1) + (merges ? to : kept_size);
-    places[item] = static_cast<int>(item - row * evicted_size);
+    keys[item] = static_cast<Key>(here.row) * (kept_size + 1) + (merges ? to : kept_size);
+    places[item] = place;
 }
 
 // Where the run of every pivot, and of what merges nowhere, begins: a binary search for each.
 template <typename Key>
-__global__ void __launch_bounds__(kThreads) starts_kernel(const Key *keys, int *starts, std::int64_t groups,
-                                                          int kept_size, int evicted_size) {
-    const std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (group >= groups) return;
-    keys += group / (kept_size + 1) * evicted_size;
+__global__ void __launch_bounds__(kThreads) starts_kernel(const Key *keys, int *starts, int kept_size,
+                                                          int evicted_size, unsigned blocks) {
+    const BlockOfRow here(blocks);
+    const int place = here.block * kThreads + static_cast<int>(threadIdx.x);
+    if (place > kept_size) return;
+    keys += static_cast<std::int64_t>(here.row) * evicted_size;
+    const std::int64_t group = static_cast<std::int64_t>(here.row) * (kept_size + 1) + place;
     int low = 0, high = evicted_size;
     while (low < high) {
         const int middle = low + (high - low) / 2;
@@ -86,6 +98,7 @@ struct Piece {
     // Adds weight x of the tokens at places begin to end - 1 of the order.
     __device__ void add(float (&sum)[COUNT], const Members &members, int begin, int end) const {
         const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
         for (int first = begin; first < end; first += kWarp) {
             int own_token = 0;
             float own_weight = 0.0f;
@@ -95,19 +108,25 @@ struct Piece {
                 own_weight = members.weight[place];
             }
             const int count = min(kWarp, end - first);
+#pragma unroll 1
             for (int begin_ahead = 0; begin_ahead < count; begin_ahead += kAhead) {
+                int token[kAhead];
+                float weight[kAhead];
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    token[i] = __shfl_sync(kAll, own_token, begin_ahead + i);
+                    weight[i] = __shfl_sync(kAll, own_weight, begin_ahead + i);
+                }
+                if (!inside) continue;
                 Pack<T, COUNT> ahead[kAhead];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
-                    const int token = __shfl_sync(kAll, own_token, begin_ahead + i);
-                    if (inside && begin_ahead + i < count) ahead[i] = at(token);
+                    if (begin_ahead + i < count) ahead[i] = at(token[i]);
                 }
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
-                    const float weight = __shfl_sync(kAll, own_weight, begin_ahead + i);
-                    if (inside && begin_ahead + i < count) {
-                        for (int j = 0; j < COUNT; ++j) sum[j] += weight * to_float(ahead[i].x[j]);
-                    }
+                    if (begin_ahead + i >= count) break;
+                    for (int j = 0; j < COUNT; ++j) sum[j] += weight[i] * to_float(ahead[i].x[j]);
                 }
             }
         }
@@ -121,18 +140,17 @@ struct Layer {
     const int *order, *evicted;
     const float *weight;
     float *sums;
-    int heads, evicted_size;
-    std::int64_t tiles;
+    int heads, evicted_size, tiles;
 
-    __device__ int pieces() const { return static_cast<int>((key.width + value.width) / COUNT); }
+    __device__ int pieces() const { return (key.width + value.width) / COUNT; }
 
-    __device__ Members members(std::int64_t row) const {
-        const std::int64_t offset = row * evicted_size;
+    __device__ Members members(int row) const {
+        const std::int64_t offset = static_cast<std::int64_t>(row) * evicted_size;
         return {order + offset, evicted + offset, weight + offset};
     }
 
-    __device__ Piece<T, COUNT> piece(std::int64_t row, int number) const {
-        const std::int64_t element = static_cast<std::int64_t>(number) * COUNT;
+    __device__ Piece<T, COUNT> piece(int row, int number) const {
+        const int element = number * COUNT;
         const bool of_key = element < key.width;
         const Rows &x = of_key ? key : value;
         const std::int64_t offset = row / heads * x.stride_b + row % heads * x.stride_h;
@@ -140,68 +158,77 @@ struct Layer {
                 element < key.width + value.width};
     }
 
-    __device__ Pack<float, COUNT> &tile_sum(std::int64_t row, std::int64_t tile, int number) const {
-        float *sum = sums + (row * tiles + tile) * (key.width + value.width);
-        return reinterpret_cast<Pack<float, COUNT> *>(sum)[number];
+    // The sum of tile t is pieces() * t further on.
+    __device__ Pack<float, COUNT> *tile_sum(int row, int tile, int number) const {
+        const std::int64_t before = (static_cast<std::int64_t>(row) * tiles + tile) * pieces();
+        return reinterpret_cast<Pack<float, COUNT> *>(sums) + before + number;
     }
 };
 
 // One warp a tile, of those that lie inside the run of a pivot.
 template <typename T, int COUNT, typename Key>
-__global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT> layer, const Key *keys, std::int64_t all_tiles,
-                                                        int kept_size) {
-    const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    if (number >= all_tiles) return;
-    const std::int64_t row = number / layer.tiles, tile = number % layer.tiles;
-    const int begin = static_cast<int>(tile) * kTile, end = begin + kTile;
-    keys += row * layer.evicted_size;
+__global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT> layer, const Key *keys, int kept_size,
+                                                                 unsigned blocks) {
+    const auto [row, block] = BlockOfRow(blocks);
+    const int tile = block * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+    if (tile >= layer.tiles) return;
+    const int begin = tile * kTile, end = begin + kTile;
+    keys += static_cast<std::int64_t>(row) * layer.evicted_size;
     const Key group = keys[begin];
     if (group != keys[end - 1] || group == static_cast<Key>(row) * (kept_size + 1) + kept_size) return;
+#pragma unroll 1
     for (int first = 0; first < layer.pieces(); first += kWarp) {
         const int own = first + threadIdx.x % kWarp;
         const Piece<T, COUNT> piece = layer.piece(row, own);
         float sum[COUNT] = {};
         piece.add(sum, layer.members(row), begin, end);
         if (piece.inside) {
-            for (int j = 0; j < COUNT; ++j) layer.tile_sum(row, tile, own).x[j] = sum[j];
+            Pack<float, COUNT> out;
+            for (int j = 0; j < COUNT; ++j) out.x[j] = sum[j];
+            *layer.tile_sum(row, tile, own) = out;
         }
     }
 }
 
 // One warp a kept token: the tokens before the first whole tile of its run, the whole tiles, the tokens after the last.
 template <typename T, int COUNT>
-__global__ void __launch_bounds__(kThreads, kBlocks) merge_kernel(Layer<T, COUNT> layer, const int *kept, const int *starts,
-                                                         const float *kept_weight, std::int64_t pivots, int kept_size) {
-    const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    if (number >= pivots) return;
-    const std::int64_t row = number / kept_size;
+__global__ void __launch_bounds__(kThreads, kBlocks) merge_kernel(Layer<T, COUNT> layer, const int *kept,
+                                                                  const int *starts, const float *kept_weight,
+                                                                  int kept_size, unsigned blocks) {
+    const auto [row, block] = BlockOfRow(blocks);
+    const int place = block * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+    if (place >= kept_size) return;
+    const std::int64_t number = static_cast<std::int64_t>(row) * kept_size + place;
     const int token = kept[number], begin = starts[number + row], end = starts[number + row + 1];
     const float own_weight = kept_weight[number];
     // an empty place, or nothing to change: what is not rewritten keeps its bits
     if (token < 0 || (begin == end && own_weight == 1.0f)) return;
     const int first_tile = (begin + kTile - 1) / kTile, last_tile = end / kTile;
     const int head = min(end, first_tile * kTile), tail = max(head, last_tile * kTile);
+#pragma unroll 1
     for (int first = 0; first < layer.pieces(); first += kWarp) {
         const int own = first + threadIdx.x % kWarp;
         const Piece<T, COUNT> piece = layer.piece(row, own);
-        Pack<T, COUNT> held;
         float sum[COUNT] = {};
         if (piece.inside) {
-            held = piece.at(token);
-            for (int j = 0; j < COUNT; ++j) sum[j] = own_weight * to_float(held.x[j]);
+            const Pack<T, COUNT> row_piece = piece.at(token);
+            for (int j = 0; j < COUNT; ++j) sum[j] = own_weight * to_float(row_piece.x[j]);
         }
-        piece.add(sum, layer.members(row), begin, head);
-        if (piece.inside) {
+        // one loop around both ends of the run, as inlined twice `add` would need twice the registers
+#pragma unroll 1
+        for (int part = 0; part < 2; ++part) {
+            piece.add(sum, layer.members(row), part ? tail : begin, part ? end : head);
+            if (part == 1 || !piece.inside) continue;
+            const Pack<float, COUNT> *tile_sum = layer.tile_sum(row, first_tile, own);
 #pragma unroll 4
-            for (int tile = first_tile; tile < last_tile; ++tile) {
-                const Pack<float, COUNT> tile_sum = layer.tile_sum(row, tile, own);
-                for (int j = 0; j < COUNT; ++j) sum[j] += tile_sum.x[j];
+            for (int tile = first_tile; tile < last_tile; ++tile, tile_sum += layer.pieces()) {
+                for (int j = 0; j < COUNT; ++j) sum[j] += tile_sum->x[j];
             }
         }
-        piece.add(sum, layer.members(row), tail, end);
         if (piece.inside) {
-            for (int j = 0; j < COUNT; ++j) round_to(&held.x[j], sum[j]);
-            piece.at(token) = held;
+            Pack<T, COUNT> rounded;
+            for (int j = 0; j < COUNT; ++j) round_to(&rounded.x[j], sum[j]);
+            piece.at(token) = rounded;
         }
     }
 }
@@ -214,15 +241,15 @@ X *in_workspace(void *workspace, std::size_t offset) {
 template <typename T, int COUNT, typename Key>
 cudaError_t sum_groups(const Merge &a, const MergePlan &plan, void *workspace, const Key *keys, const int *order,
                        cudaStream_t stream) {
-    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads, tiles = rows * plan.tiles;
-    const std::int64_t pivots = rows * a.kept_size;
-    const Layer<T, COUNT> layer{a.key,   a.value,        order,     a.evicted, a.evicted_weight,
+    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
+    const unsigned tile_blocks = ceil_div(plan.tiles, kWarps), merge_blocks = ceil_div(a.kept_size, kWarps);
+    const Layer<T, COUNT> layer{a.key, a.value, order, a.evicted, a.evicted_weight,
                                 in_workspace<float>(workspace, plan.sums), a.heads, a.evicted_size, plan.tiles};
-    const cudaError_t error = launch(tile_kernel<T, COUNT, Key>, ceil_div(tiles, kWarps), kThreads, 0, stream, layer,
-                                     keys, tiles, a.kept_size);
+    const cudaError_t error = launch(tile_kernel<T, COUNT, Key>, rows * tile_blocks, kThreads, 0, stream, layer, keys,
+                                     a.kept_size, tile_blocks);
     if (error != cudaSuccess) return error;
-    return launch(merge_kernel<T, COUNT>, ceil_div(pivots, kWarps), kThreads, 0, stream, layer, a.kept,
-                  in_workspace<const int>(workspace, plan.starts), a.kept_weight, pivots, a.kept_size);
+    return launch(merge_kernel<T, COUNT>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept,
+                  in_workspace<const int>(workspace, plan.starts), a.kept_weight, a.kept_size, merge_blocks);
 }
 
 template <typename T, typename Key>
@@ -243,17 +270,18 @@ cudaError_t merge_by(const Merge &a, const MergePlan &plan, void *workspace, std
     cub::DoubleBuffer<Key> keys(in_workspace<Key>(workspace, plan.keys[0]), in_workspace<Key>(workspace, plan.keys[1]));
     cub::DoubleBuffer<int> places(in_workspace<int>(workspace, plan.places[0]),
                                   in_workspace<int>(workspace, plan.places[1]));
-    cudaError_t error = launch(keys_kernel<Key>, ceil_div(plan.items, kThreads), kThreads, 0, stream, a.evicted,
-                               a.pivot, a.evicted_weight, keys.Current(), places.Current(), plan.items, a.kept_size,
-                               a.evicted_size);
+    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
+    const unsigned key_blocks = ceil_div(a.evicted_size, kThreads), start_blocks = a.kept_size / kThreads + 1;
+    cudaError_t error = launch(keys_kernel<Key>, rows * key_blocks, kThreads, 0, stream, a.evicted, a.pivot,
+                               a.evicted_weight, keys.Current(), places.Current(), a.kept_size, a.evicted_size,
+                               key_blocks);
     if (error != cudaSuccess) return error;
     std::size_t sort_bytes = bytes - plan.sort;
     error = cub::DeviceRadixSort::SortPairs(in_workspace<void>(workspace, plan.sort), sort_bytes, keys, places,
                                             plan.items, 0, plan.key_bits, stream);
     if (error != cudaSuccess) return error;
-    const std::int64_t groups = static_cast<std::int64_t>(a.batch) * a.heads * (a.kept_size + std::int64_t{1});
-    error = launch(starts_kernel<Key>, ceil_div(groups, kThreads), kThreads, 0, stream, keys.Current(),
-                   in_workspace<int>(workspace, plan.starts), groups, a.kept_size, a.evicted_size);
+    error = launch(starts_kernel<Key>, rows * start_blocks, kThreads, 0, stream, keys.Current(),
+                   in_workspace<int>(workspace, plan.starts), a.kept_size, a.evicted_size, start_blocks);
     if (error != cudaSuccess) return error;
     switch (a.dtype) {
         case Dtype::kFloat16:
@@ -273,8 +301,7 @@ cudaError_t sort_bytes_of(const MergePlan &plan, std::size_t *bytes) {
 
 }  // namespace
 
-MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, std::int64_t key_width,
-                     std::int64_t value_width) {
+MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, int key_width, int value_width) {
     const std::int64_t rows = static_cast<std::int64_t>(batch) * heads, groups = rows * (kept_size + std::int64_t{1});
     MergePlan plan{};
     plan.items = rows * evicted_size;
@@ -291,7 +318,7 @@ MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, std:
     for (std::size_t &keys : plan.keys) keys = take(plan.items, plan.key_bytes);
     for (std::size_t &places : plan.places) places = take(plan.items, sizeof(int));
     plan.starts = take(groups, sizeof(int));
-    plan.sums = take(rows * plan.tiles * (key_width + value_width), sizeof(float));
+    plan.sums = take(rows * plan.tiles * (std::int64_t{key_width} + value_width), sizeof(float));
     plan.sort = end;
     return plan;
 }
