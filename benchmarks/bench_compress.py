@@ -1,187 +1,210 @@
-"""Scores and compression of one layer on a processor, against the same from a materialised attention matrix.
+"""The whole compression: compress_ by merge rule, and its share of a prefill shaped like Qwen2.5-VL-7B's.
 
-Time is the median of several runs. Peak memory is how far the resident set of a fresh process grows: unlike a count of
-tensors it includes what the matrix library and the allocator take (read from /proc: Linux only).
-LOOKM_BENCH_SIZE=small is a quick run without targets; LOOKM_BENCH_RESULTS=FOLDER writes compress.json there.
+The prefill runs the real model class with random weights and image placeholders as tokens: 960 of every 1024 tokens are
+image tokens. It is timed with DynamicCache and with LookMCache, exact and with the cheaper ways to score; what
+compression adds is the difference, and its share is that difference over the prefill with DynamicCache.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+import timing
 import torch
+import transformers
+import work
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 import lookm_kernels
+from lookm import LookMCache
 
-RESULTS = os.environ.get("LOOKM_BENCH_RESULTS")
-SIZE = os.environ.get("LOOKM_BENCH_SIZE", "full")
-HEADS, TOKENS, WIDTH = {"full": (32, 4096, 128), "small": (4, 512, 64)}[SIZE]
-KEEP = TOKENS // 5
-ROUNDS = 5
+WIDTH = 32 if timing.SMALL else 128
+# batch, heads, tokens
+SHAPES = [(1, 8, 32 << 10), (1, 32, 32 << 10), (1, 8, 128 << 10), (8, 8, 32 << 10)]
+SMALL_SHAPES = [(2, 4, 300)]
+OURS, DYNAMIC = "lookm-kernels", "DynamicCache"
+COMPRESS, PREFILL = "compress_", "prefill"
 
-
-class Layer(NamedTuple):
-    """A prompt of one row: [1, H, N, D] each, and the selection classes [1, N]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    tier: Tensor
-
-
-def random_layer(heads: int = HEADS, tokens: int = TOKENS, width: int = WIDTH) -> Layer:
-    """Two in a hundred tokens are text, the last tenth is protected."""
-    query, key, value = torch.randn(3, 1, heads, tokens, width).unbind()
-    tier = 1 + (torch.rand(1, tokens) < 0.02).int()
-    tier[:, tokens - tokens // 10 :] = 3
-    return Layer(query, key, value, tier)
-
-
-def blocked_scores(query: Tensor, key: Tensor) -> Tensor:
-    """lookm-kernels: blocks of queries."""
-    return lookm_kernels.attention_scores(query, key)
-
-
-def blocked_compress(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor) -> Tensor:
-    """lookm-kernels: selection, pivotal merge and compaction in place."""
-    return lookm_kernels.compress_(key, value, scores, tier, KEEP, rule="pivotal")
-
-
-def materialised_scores(query: Tensor, key: Tensor) -> Tensor:
-    """s_j = sum over i of softmax_j(q_i . k_j / sqrt(D)), with the whole matrix in memory."""
-    tokens = key.shape[2]
-    logits = (query * query.shape[-1] ** -0.5) @ key.mT
-    logits.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu_(1), float("-inf"))
-    return logits.softmax(-1).sum(2)
-
-
-def materialised_compress(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor) -> Tensor:
-    """The highest score added once a class, the cosines of all pairs, x_c <- (x_c + sum (x_e + x_c) / 2) / (1 + n)."""
-    # in float64, or the sum would round close scores to ties
-    ranking = scores.double() + tier[:, None] * scores.amax(-1, keepdim=True)
-    kept = ranking.topk(KEEP).indices.sort().values
-    leaves = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, kept, False)
-    evicted = leaves.nonzero()[:, 2].view(*scores.shape[:2], -1)
-    unit = key / key.norm(dim=-1, keepdim=True)
-    cosine = unit.take_along_dim(evicted[..., None], 2) @ unit.take_along_dim(kept[..., None], 2).mT
-    pivot = cosine.argmax(-1)
-    count = torch.zeros(kept.shape).scatter_add_(-1, pivot, torch.ones(pivot.shape))[..., None]
-    for x in (key, value):
-        stays, moving = x.take_along_dim(kept[..., None], 2), x.take_along_dim(evicted[..., None], 2)
-        moving = (moving + stays.take_along_dim(pivot[..., None], 2)) / 2
-        total = stays.scatter_add(2, pivot[..., None].expand_as(moving), moving)
-        x[:, :, :KEEP] = total / (1 + count)
-    return kept
-
-
-APPROACHES = {
-    "blocked": (blocked_scores, blocked_compress),
-    "materialised": (materialised_scores, materialised_compress),
+TOKENS, PERIOD, TEXT = (256, 64, 4) if timing.SMALL else (32 << 10, 1 << 10, 64)
+IMAGE_TOKEN = 5
+SECTIONS = [2, 3, 3] if timing.SMALL else [16, 24, 24]
+FULL_TEXT_CONFIG = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 128000,
+}
+SMALL_TEXT_CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 1024,
+}
+TEXT_CONFIG = SMALL_TEXT_CONFIG if timing.SMALL else FULL_TEXT_CONFIG
+# the merge rule is the same in all, so that only scoring differs
+CACHES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "text queries": {"queries": "text"},
+    "sampled queries": {"queries": "sampled"},
+    "exact in float8": {"fp8": True},
+    "window of 32": {"policy": "snapkv", "window": 32, "rule": "pivotal"},
 }
 
 
-def run(approach: str, layer: Layer) -> None:
-    """Scores, then compression in place."""
-    scores, compress = APPROACHES[approach]
-    compress(layer.key, layer.value, scores(layer.query, layer.key), layer.tier)
+def random_layer(batch: int, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """key, value, scores, tier; two in a hundred tokens are text, the last tenth is protected."""
+    key, value = torch.randn(2, batch, heads, tokens, WIDTH, device=timing.DEVICE, dtype=timing.DTYPE).unbind()
+    tier = 1 + (torch.rand(batch, tokens, device=timing.DEVICE) < 0.02).int()
+    tier[:, tokens - tokens // 10 :] = 3
+    return key, value, torch.rand(batch, heads, tokens, device=timing.DEVICE), tier
 
 
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def check(rule: str) -> None:
+    """Against the reference on the same numbers in float32."""
+    key, value, scores, tier = random_layer(2, 3, 500)
+    exact = key.float(), value.float()
+    kept = lookm_kernels.compress_(key, value, scores, tier, 100, rule)
+    with lookm_kernels.use_backend("reference"):
+        expected = lookm_kernels.compress_(*exact, scores, tier, 100, rule)
+    assert torch.equal(kept, expected)
+    for result, rows in ((key, exact[0]), (value, exact[1])):
+        near = torch.isclose(result[:, :, :100].float(), rows[:, :, :100], rtol=2e-2, atol=2e-2).all(-1)
+        # a token between two pivots may go to either
+        assert near.float().mean() > 0.97
 
 
-def resident(entry: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[entry].split()[0]) * 1024
+def sizes(shape: tuple[int, int, int]) -> dict[str, int]:
+    batch, heads, tokens = shape
+    return {"batch": batch, "heads": heads, "tokens": tokens, "keep": tokens // 5, "width": WIDTH}
 
 
-def peak_growth(approach: str) -> int:
-    """Bytes that one run adds at its peak to the inputs and to what torch itself needs."""
-    run(approach, random_layer(1, 2 * KEEP, 16))
-    layer = random_layer()
-    before = resident("VmRSS")
-    run(approach, layer)
-    return resident("VmHWM") - before
+@pytest.mark.parametrize("rule", lookm_kernels.rules.RULES)
+@pytest.mark.parametrize("shape", SMALL_SHAPES if timing.SMALL else SHAPES, ids=str)
+@pytest.mark.benchmark(timer=timing.device_clock)
+def test_compress(benchmark: BenchmarkFixture, record: timing.Record, shape: tuple[int, int, int], rule: str) -> None:
+    check(rule)
+    first = random_layer(*shape)
+    held = first[0].nbytes + first[1].nbytes
+    originals = [first, *(random_layer(*shape) for _ in range(timing.input_sets(held) - 1))]
+    used = [(key.clone(), value.clone(), scores, tier) for key, value, scores, tier in originals]
 
+    def restore() -> None:
+        for original, layer in zip(originals, used, strict=True):
+            layer[0].copy_(original[0])
+            layer[1].copy_(original[1])
 
-def peak_growth_of_a_fresh_process(approach: str) -> int:
-    return int(subprocess.run([sys.executable, __file__, approach], check=True, capture_output=True, text=True).stdout)
+    calls = [lambda layer=layer: lookm_kernels.compress_(*layer, shape[2] // 5, rule) for layer in used]
+    calls[0]()
+    extra = timing.peak_extra_bytes(calls[0])
+    share = None if extra is None else extra / held
+    measured = timing.measure(benchmark, calls, restore)
+    merging, selecting = work.merging(**sizes(shape)), work.select(*shape)
+    merging = work.compact(**sizes(shape)) if rule == "none" else merging
+    done = work.Work(merging.flops, merging.bytes + selecting.bytes)
+    what = f"{COMPRESS} {rule}"
+    record.add(benchmark, what, OURS, sizes(shape), done, measured, peak_extra_bytes=extra, peak_extra_share=share)
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, float]]:
-    """Filled by the timings, read by the targets."""
-    return {}
+def model(record: timing.Record) -> PreTrainedModel:
+    """The language model in its real class; the vision tower is there, one layer of it, and never runs."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": SECTIONS}
+    text = transformers.Qwen2_5_VLTextConfig(**TEXT_CONFIG, rope_parameters=rope, tie_word_embeddings=False)
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 64}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text.to_dict(), vision_config=vision, image_token_id=IMAGE_TOKEN, video_token_id=6
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(timing.DTYPE)
+    try:
+        with torch.device(timing.DEVICE):
+            built = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return built.eval()
 
 
-def test_both_compute_the_same() -> None:
-    query, key, value, tier = random_layer()
-    scores = blocked_scores(query, key)
-    torch.testing.assert_close(scores, materialised_scores(query, key), rtol=1e-4, atol=1e-4)
-    other = key.clone(), value.clone()
-    kept = blocked_compress(key, value, scores, tier)
-    assert torch.equal(kept.long(), materialised_compress(*other, scores, tier))
-    for ours, theirs in zip((key, value), other, strict=True):
-        rows = torch.isclose(ours[:, :, :KEEP], theirs[:, :, :KEEP], rtol=1e-4, atol=1e-4).all(-1)
-        # of 100,000 tokens a few may have two pivots so close that rounding decides
-        assert rows.float().mean() >= 0.999
+@pytest.fixture(scope="module")
+def prompt(model: PreTrainedModel) -> Tensor:
+    """[1, N] token ids: text, then image placeholders, in turn."""
+    ids = torch.randint(7, TEXT_CONFIG["vocab_size"], (1, TOKENS), device=timing.DEVICE)
+    ids[:, torch.arange(TOKENS, device=timing.DEVICE) % PERIOD >= TEXT] = IMAGE_TOKEN
+    return ids
 
 
-@pytest.mark.parametrize("approach", APPROACHES)
-def test_compress(benchmark: BenchmarkFixture, measured: dict[str, dict[str, float]], approach: str) -> None:
-    layer = random_layer()
-    original = layer.key.clone(), layer.value.clone()
-
-    def restored() -> tuple[tuple[str, Layer], dict[str, Any]]:
-        layer.key.copy_(original[0])
-        layer.value.copy_(original[1])
-        return (approach, layer), {}
-
-    benchmark.extra_info["flops"] = 2 * HEADS * WIDTH * (TOKENS * TOKENS + KEEP * (TOKENS - KEEP))
-    benchmark.extra_info["bytes"] = sum(x.nbytes for x in layer) + 2 * HEADS * KEEP * WIDTH * 4
-    benchmark.extra_info["peak_bytes"] = peak_growth_of_a_fresh_process(approach)
-    benchmark.pedantic(run, setup=restored, rounds=ROUNDS, warmup_rounds=1)
-    measured[approach] = {"median_s": benchmark.stats.stats.median, "peak_bytes": benchmark.extra_info["peak_bytes"]}
+def prefill_shape() -> dict[str, int]:
+    layers = TEXT_CONFIG["num_hidden_layers"]
+    heads, kv_heads = TEXT_CONFIG["num_attention_heads"], TEXT_CONFIG["num_key_value_heads"]
+    return {"batch": 1, "layers": layers, "heads": heads, "kv_heads": kv_heads, "tokens": TOKENS}
 
 
-def test_targets(measured: dict[str, dict[str, float]]) -> None:
-    """An eighth of the memory, and no more time."""
-    if SIZE != "full":
-        pytest.skip("the targets are for the full size")
-    ours, theirs = measured["blocked"], measured["materialised"]
-    record = {
-        "shape": {"batch": 1, "heads": HEADS, "tokens": TOKENS, "width": WIDTH, "keep": KEEP, "dtype": "float32"},
-        "versions": {
-            "lookm_kernels": lookm_kernels.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "rounds": ROUNDS,
-        "attention_matrix_bytes": HEADS * TOKENS * TOKENS * 4,
-        "results": measured,
-        "time_ratio": ours["median_s"] / theirs["median_s"],
-        "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
-    }
-    if RESULTS is not None:
-        Path(RESULTS, "compress.json").write_text(json.dumps(record, indent=2) + "\n")
-    assert record["memory_ratio"] <= 1 / 8
-    assert record["time_ratio"] <= 1
+def prefill_work(model: PreTrainedModel) -> work.Work:
+    """Every layer's weights times every token, and its attention; what compression adds is not counted."""
+    shape = prefill_shape()
+    layers = shape.pop("layers")
+    width = TEXT_CONFIG["hidden_size"] // shape["heads"]
+    attention = work.attention(**shape, width=width)
+    weights = [parameter for name, parameter in model.named_parameters() if ".layers." in name and "visual" not in name]
+    flops = 2 * TOKENS * sum(weight.numel() for weight in weights) + layers * attention.flops
+    return work.Work(flops, sum(weight.nbytes for weight in weights) + layers * attention.bytes)
 
 
-if __name__ == "__main__":
-    print(peak_growth(sys.argv[1]))
+def run(model: PreTrainedModel, prompt: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits of the first new token."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def full_logits(model: PreTrainedModel, prompt: Tensor) -> Tensor:
+    """What every cache must give: compression acts after the prefill."""
+    return run(model, prompt, DynamicCache(config=model.config.get_text_config()))
+
+
+@pytest.mark.parametrize("name", [DYNAMIC, *CACHES])
+@pytest.mark.benchmark(timer=timing.device_clock)
+def test_prefill(
+    benchmark: BenchmarkFixture, record: timing.Record, model: PreTrainedModel, prompt: Tensor, full_logits: Tensor,
+    name: str,
+) -> None:  # fmt: skip
+    what = f"{PREFILL}, {name}"
+    reason = timing.why_no_float8() if "fp8" in CACHES.get(name, {}) else None
+    if reason is not None:
+        record.missing(what, OURS, prefill_shape(), reason)
+        pytest.skip(reason)
+
+    def fresh() -> DynamicCache:
+        if name == DYNAMIC:
+            return DynamicCache(config=model.config.get_text_config())
+        return LookMCache(model, budget=0.2, **CACHES[name])
+
+    caches = [fresh()]
+    # this run also warms up
+    assert timing.relative_error(run(model, prompt, caches[0]), full_logits) < 1e-2
+    stored = caches[0].layers[0].keys.shape[2]
+    assert stored == (TOKENS if name == DYNAMIC else TOKENS // 5)
+
+    def restore() -> None:
+        caches[0] = fresh()
+
+    measured = timing.measure(benchmark, [lambda: run(model, prompt, caches[0])], restore, warm=True)
+    before = record.value(f"{PREFILL}, {DYNAMIC}", OURS, prefill_shape())
+    added = None if before is None else measured["seconds"] / before - 1
+    record.add(benchmark, what, OURS, prefill_shape(), prefill_work(model), measured, added_share=added)
+
+
+def test_targets(record: timing.Record) -> None:
+    for target, name in (("exact", "exact"), ("text", "text queries"), ("window", "window of 32")):
+        added = record.value(f"{PREFILL}, {name}", OURS, prefill_shape(), "added_share")
+        record.target(f"prefill_{target}", timing.ratio(added, 0.01))
+    record.check_targets()

@@ -18,6 +18,8 @@ if INTERPRETED:
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
+from compiled import empty  # noqa: E402
+
 from lookm_kernels import _dispatch, compress, rules, scores  # noqa: E402
 
 TOKENS, HEADS = 32768, 8
@@ -38,10 +40,6 @@ def launches() -> Iterator[list[str]]:
         patch.object(compress, "check_apart"),
     ):
         yield names
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Allocations(TorchDispatchMode):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("transformers")
@@ -57,7 +58,8 @@ def heads(dtype: torch.dtype, queries: int = 40, kv_heads: int = 2, width: int =
 
 def expected(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
     logits = query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT * scale
-    return (logits + torch.full(logits.shape[-2:], -torch.inf).triu(1) if causal else logits).logsumexp(-1)
+    future = torch.full(logits.shape[-2:], -torch.inf, device=query.device).triu(1)
+    return (logits + future if causal else logits).logsumexp(-1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,6 +77,37 @@ def test_what_torch_computed(mode: str, dtype: torch.dtype, kv_heads: int, causa
     close = {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(dtype, 1e-5)
     torch.testing.assert_close(lse.double(), expected(query, key, causal, scale), rtol=close, atol=close)
     assert not lse.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+@pytest.mark.parametrize(("queries", "causal"), [(4000, True), (4001, True), (33, False)])
+def test_every_backend_of_a_gpu_gives_it(backend: str, dtype: torch.dtype, queries: int, causal: bool):
+    shape = (2, 4, queries, 128)
+    query, key, value = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, backend)):
+        plain = scaled_dot_product_attention(query, key, value, is_causal=causal)
+        with LogSumExp() as observed:
+            seen = scaled_dot_product_attention(query, key, value, is_causal=causal)
+    assert torch.equal(plain, seen)
+    lse = observed.of(query, key, causal, 128**-0.5)
+    torch.testing.assert_close(lse.double(), expected(query, key, causal, 128**-0.5), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [LLAVA, QWEN], ids=lambda family: family.name)
+def test_on_a_gpu_a_whole_budget_changes_no_bit(family, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "over_budget", lambda prompt, lengths: True)
+    model = copy.deepcopy(family.model()).to("cuda", dtype)
+    inputs = {name: x.to("cuda") for name, x in family.inputs([family.prompt(ROW)]).items()}
+    with torch.no_grad():
+        plain = generated(model, inputs, DynamicCache(config=model.config))
+        ours = generated(model, inputs, LookMCache(model, budget=1.0))
+    assert torch.equal(plain, ours)
 
 
 def test_a_gradient_passes():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 from pathlib import Path
@@ -23,18 +23,20 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("report")
 
 
-@pytest.mark.parametrize("file", ["README.md", "benchmarks/quality/README.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "benchmarks/quality/README.md"]
+)
 def test_generated_sections_are_up_to_date(generator: ModuleType, file: str) -> None:
     text = (ROOT / file).read_text()
+    assert file in generator.SECTIONS
     assert generator.render(file, text) == text
+
+
+def test_the_plot_is_up_to_date(generator: ModuleType) -> None:
+    assert generator.ROOFLINE.read_text() == generator.draw()
 
 
 def test_the_demo_model_reached_its_target() -> None:
@@ -47,7 +49,7 @@ def test_the_demo_model_reached_its_target() -> None:
 
 
 def test_recorded_costs_meet_their_targets(generator: ModuleType) -> None:
-    record = generator.read("compress.json")
+    record = generator.read("reference.json")
     assert record["memory_ratio"] <= 1 / 8
     assert record["time_ratio"] <= 1
 

@@ -64,5 +64,5 @@ def compact_(key: Tensor, value: Tensor, kept: Tensor) -> None:
         slab = SLAB_BYTES // tensor.element_size()
         _compact_kernel[(triton.cdiv(width, slab) * batch * heads,)](
             tensor, kept, *tensor.stride()[:3], heads, kept_size, width, BLOCK_K=BLOCK_K, BLOCK_D=slab,
-            num_warps=WARPS, num_stages=STAGES,
+            num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
         )  # fmt: skip

@@ -138,9 +138,9 @@ def merge_(
     lists = (order, evicted.contiguous(), evicted_weight.contiguous())
     _tile_kernel[(tiles * batch * heads,)](
         key, value, ordered, *lists, sums, *strides, heads, kept_size, evicted_size, tiles, *widths,
-        TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS,
+        TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     _merge_kernel[(kept_size * batch * heads,)](
         key, value, kept.contiguous(), starts, *lists, kept_weight.contiguous(), sums, *strides, heads, kept_size,
-        evicted_size, tiles, *widths, TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS,
+        evicted_size, tiles, *widths, TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

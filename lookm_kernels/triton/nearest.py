@@ -85,8 +85,9 @@ def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Te
     inverse = key.new_empty((batch, heads, tokens), dtype=torch.float32)
     strides, block_d = key.stride()[:3], padded_width(width)
     _norm_kernel[(triton.cdiv(tokens, NORM_ROWS) * batch * heads,)](
-        key, inverse, *strides, heads, tokens, width, BLOCK_N=NORM_ROWS, BLOCK_D=block_d, num_warps=4
-    )
+        key, inverse, *strides, heads, tokens, width, BLOCK_N=NORM_ROWS, BLOCK_D=block_d, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     kept, evicted = kept.contiguous(), evicted.contiguous()
     sizes = (heads, tokens, kept.shape[2], evicted.shape[2], width)
 

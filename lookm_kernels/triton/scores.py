@@ -221,6 +221,6 @@ def attention_scores(
     scores = query.new_empty((batch, kv_heads, tokens), dtype=torch.float32)
     _sum_kernel[(triton.cdiv(tokens, SUM_BLOCK) * batch * kv_heads,)](
         partial, key_start, scores, kv_heads, heads // kv_heads * splits, tokens, HAS_START=key_start is not None,
-        BLOCK_N=SUM_BLOCK, num_warps=4,
+        BLOCK_N=SUM_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return scores

@@ -104,5 +104,6 @@ def select_tokens(scores: Tensor, tier: Tensor, keep: list[int]) -> tuple[Tensor
     _select_kernel[(batch * heads,)](
         scores.contiguous(), tier.contiguous(), keeps, kept, evicted, heads, tokens, keep[0], kept.shape[2],
         evicted.shape[2], HAS_KEEPS=keeps is not None, BLOCK_N=BLOCK_N, num_warps=WARPS,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return kept, evicted

@@ -1,4 +1,4 @@
-"""Write the tables of the READMEs from the result files: python benchmarks/readme.py
+"""Write the READMEs' tables and plot from the result files (a GPU's: tables.py): python benchmarks/report.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
 docs/kept.png), from `make bench` and from benchmarks/quality/train.py and scoring.py.
@@ -12,19 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tables import devices, disassembly, draw, floors, markdown, measured, outcome, target_table
+from targets import CPU_TARGETS
+
 import lookm  # noqa: F401  (registers the policies)
 from lookm.policy import ALIASES, DESCRIPTIONS, POLICIES
 from lookm.report import format_bytes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+ROOFLINE = ROOT / "benchmarks" / "roofline.svg"
 sys.path.insert(0, str(ROOT / "tests"))
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def policies() -> str:
 
 def cost() -> str:
     """Time and memory against the materialised attention matrix."""
-    result = read("compress.json")
+    result = read("reference.json")
     shape, runs = result["shape"], result["results"]
     rows = [
         [name, f"{runs[key]['median_s']:.2f} s", format_bytes(runs[key]["peak_bytes"])]
@@ -103,6 +101,16 @@ def cost() -> str:
         f"({shape['dtype']}) on {result['threads']} threads of an {result['cpu']} processor (`make bench`):"
     )
     return text + "\n\n" + markdown(["", "time", "peak memory beyond the inputs"], rows)
+
+
+def targets() -> str:
+    """Targets of a GPU, then those of a processor."""
+    result = read("reference.json")
+    rows = [
+        [target.text, target.shown(), outcome(target.value(result[name]), target.met(result[name]))]
+        for name, target in CPU_TARGETS.items()
+    ]
+    return target_table(devices()) + "\n\n" + markdown(["what", "target", f"{result['cpu']} (`make bench`)"], rows)
 
 
 def training() -> str:
@@ -148,6 +156,8 @@ def scoring() -> str:
 
 
 SECTIONS = {
+    "benchmarks/README.md": {"targets": targets, "measured": measured},
+    "benchmarks/NOTES.md": {"floors": floors, "disassembly": disassembly},
     "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
     "benchmarks/quality/README.md": {"training": training, "scoring": scoring},
 }
@@ -168,3 +178,4 @@ if __name__ == "__main__":
     for file in SECTIONS:
         path = ROOT / file
         path.write_text(render(file, path.read_text()))
+    ROOFLINE.write_text(draw())

@@ -1,0 +1,69 @@
+"""Every op of the Triton backend once on tiny inputs, for compute-sanitizer: python benchmarks/every_op.py
+
+Rows of different valid length, grouped heads, a mask and odd sizes, so that every branch of a kernel runs; results are
+compared with the reference on the host, where the inputs are drawn too: what a kernel reads was written by a copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import lookm_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH, HEADS, KV_HEADS, TOKENS, WIDTH = 2, 4, 2, 300, 64
+KEEP = [60, 50]
+
+
+def scores(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """All options, and none; 8-bit floats where the GPU multiplies them."""
+    query = torch.randn(BATCH, HEADS, 130, WIDTH).to(device, dtype)
+    key = torch.randn(BATCH, KV_HEADS, TOKENS, WIDTH).to(device, dtype)
+    start = torch.tensor([0, 200], dtype=torch.int32).to(device)
+    weight = torch.rand(BATCH, 130).to(device)
+    mask = (torch.rand(BATCH, 1, 130, TOKENS) < 0.9).to(device)
+    lse = torch.full((BATCH, HEADS, 130), 6.0).to(device)
+    picked = (torch.arange(130, dtype=torch.int32) * 2 + 1).expand(BATCH, -1).to(device)
+    masked = {"query_weight": weight, "key_start": start, "mask": mask, "softcap": 20.0}
+    options = ({}, masked, {"lse": lse}, {"query_position": picked, "query_weight": weight})
+    results = [lookm_kernels.attention_scores(query, key, **each) for each in options]
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return results
+    (query, query_scale), (key, key_scale) = (lookm_kernels.quantize_heads(x) for x in (query, key))
+    scale = query_scale * key_scale.repeat_interleave(HEADS // KV_HEADS, 1)
+    return [*results, lookm_kernels.attention_scores(query, key, head_scale=scale)]
+
+
+def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """compress_ by every rule: selection, pivots, merge and compaction."""
+    tier = torch.randint(1, 4, (BATCH, TOKENS), dtype=torch.int32)
+    tier[1, :40] = 0
+    given = torch.rand(BATCH, KV_HEADS, TOKENS).to(device), tier.to(device)
+    original = torch.randn(2, BATCH, KV_HEADS, TOKENS, WIDTH).to(dtype).unbind()
+    results = []
+    for rule in lookm_kernels.rules.RULES:
+        key, value = (tensor.clone().to(device) for tensor in original)
+        results += [lookm_kernels.compress_(key, value, *given, KEEP, rule), key[:, :, :60], value[:, :, :60]]
+    return results
+
+
+def main() -> None:
+    """Both backends on the same inputs; an error where they differ."""
+    for op in (scores, compression):
+        for dtype in (torch.float16, torch.float32):
+            results = []
+            for backend, device in (("triton", DEVICE), ("reference", "cpu")):
+                torch.manual_seed(0)
+                with lookm_kernels.use_backend(backend):
+                    results.append([result.cpu().double() for result in op(dtype, device)])
+            # the reference multiplies 8-bit floats everywhere
+            for ours, expected in zip(*results, strict=False):
+                difference = float((ours - expected).norm() / expected.norm())
+                if not difference < 0.05:
+                    raise SystemExit(f"{op.__name__} {dtype}: {difference:.3g} away from the reference")
+            print(f"{op.__name__} {dtype}: {len(results[0])} results as the reference's")
+
+
+if __name__ == "__main__":
+    main()

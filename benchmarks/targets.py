@@ -1,0 +1,54 @@
+"""The numbers to reach: which result file holds each, its limit and its unit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Target(NamedTuple):
+    """`limit` is the most where `at_most`, else the least; measured values are in the same unit."""
+
+    benchmark: str
+    text: str
+    at_most: bool
+    limit: float
+    unit: str
+
+    def met(self, measured: float) -> bool:
+        """Whether a measured value reaches the limit."""
+        return measured <= self.limit if self.at_most else measured >= self.limit
+
+    def shown(self) -> str:
+        """The limit as tables show it."""
+        return f"{'<=' if self.at_most else '>='} {self.value(self.limit)}"
+
+    def value(self, number: float) -> str:
+        """A value of this target as tables show it."""
+        return f"{number:.3g}{self.unit}"
+
+    def result(self, measured: float) -> dict[str, Any]:
+        """What a result file says of this target."""
+        return {"target": self.shown(), "measured": measured, "met": self.met(measured)}
+
+
+SCORES = "scores, 32 query and 8 KV heads, 32k x 32k, causal"
+MERGE = "nearest + merge + compact, 32k, 20 %, 8 heads"
+PREFILL = "compression of all layers in a 32k prefill shaped like Qwen2.5-VL-7B, added time as a share of the prefill"
+GPU_TARGETS = {
+    "scores_rate": Target("scores", f"{SCORES}, LSE given: rate", False, 450, " TFLOP/s"),
+    "scores_sdpa": Target("scores", f"{SCORES}, LSE given: time over SDPA flash forward", True, 0.55, ""),
+    "scores_colreduce": Target("scores", f"{SCORES}, without LSE: faster than flash-colreduce", False, 2, "x"),
+    "select_time": Target("select", "select, 32 rows of 32k, 20 %: time", True, 40, " us"),
+    "select_topk": Target("select", "select, 32 rows of 32k, 20 %: faster than torch.topk + sort", False, 5, "x"),
+    "merge_time": Target("merge", f"{MERGE}: time", True, 1.5, " ms"),
+    "merge_memory": Target("merge", f"{MERGE}: peak extra memory over the layer's KV", True, 10, " %"),
+    "merge_hub": Target("merge", f"{MERGE}: time when all tokens merge into one, over the even case", True, 2, "x"),
+    "prefill_exact": Target("compress", f"{PREFILL}: exact scores", True, 25, " %"),
+    "prefill_text": Target("compress", f"{PREFILL}: text queries only", True, 3, " %"),
+    "prefill_window": Target("compress", f"{PREFILL}: the last 32 queries only", True, 3, " %"),
+}
+REFERENCE = "reference backend, 1 x 32 x 4096 x 128, against the attention matrix in memory"
+CPU_TARGETS = {
+    "time_ratio": Target("reference", f"{REFERENCE}: time", True, 1, "x"),
+    "memory_ratio": Target("reference", f"{REFERENCE}: peak memory", True, 1 / 8, "x"),
+}
