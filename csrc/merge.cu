@@ -153,7 +153,7 @@ struct Layer {
     __device__ Piece<T, COUNT> piece(int row, int number) const {
         const int element = number * COUNT;
         const bool of_key = element < key.width;
-        const Rows &x = of_key ? key : value;
+        const Rows x = of_key ? key : value;
         const std::int64_t offset = row / heads * x.stride_b + row % heads * x.stride_h;
         return {static_cast<T *>(x.data) + offset + (of_key ? element : element - key.width), x.stride_n,
                 element < key.width + value.width};
