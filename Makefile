@@ -7,16 +7,20 @@ OUT ?= out
 OLDEST := .venv-oldest
 OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch fp8 autotune)
 
-.PHONY: demo test test-oldest lint format bench gpu clean help
+CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
+
+.PHONY: demo test test-oldest test-install lint format bench gpu wheel clean help
 
 help:
 	@echo "make demo         a small vision-language model on a compressed cache; a table and a picture in $(OUT)/"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the model families on the oldest transformers that is supported"
-	@echo "make lint         ruff and mypy"
-	@echo "make format       let ruff rewrite what it can"
+	@echo "make test-install every way to install the package, with and without nvcc"
+	@echo "make lint         ruff, mypy and clang-format"
+	@echo "make format       let ruff and clang-format rewrite what they can"
 	@echo "make bench        benchmarks of this machine's processor"
 	@echo "make gpu          tests, benchmarks and compute-sanitizer on a GPU; results in $(OUT)/"
+	@echo "make wheel        sdist and wheel in dist/, with the CUDA extension where there is an nvcc"
 	@echo "make clean        remove environments and build output"
 
 demo: $(VENV)/.ready
@@ -29,14 +33,19 @@ test: $(VENV)/.ready
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_cache.py tests/test_enable.py
 
+test-install: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/test_install.py -m install --durations=0
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/.ready
 	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks/bench_reference.py
@@ -44,18 +53,27 @@ bench: $(VENV)/.ready
 gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.ready)
 	$(BIN)/python3 benchmarks/gpu.py $(OUT)
 
+# for the Linux of this machine and newer ones; .github/workflows/wheels.yml builds those for old ones too
+wheel: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build
+	for wheel in $$(ls dist/*-linux_*.whl 2>/dev/null); do \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libcuda.so.1 --wheel-dir dist $$wheel && rm $$wheel || exit; done
+	@du -h --apparent-size dist/*
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist out *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist out *.egg-info lookm_kernels/_build.json lookm_kernels/_C.*
 
 define new_environment
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed for development, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --upgrade --progress-bar on --constraint $(2) --editable ".[dev,bench]"
+	# with nvcc, the extension for one architecture: all take minutes, and newer GPUs run this one's PTX
+	LOOKM_CUDA_ARCHS=$${LOOKM_CUDA_ARCHS:-80} $(1)/bin/python -m pip install --upgrade --progress-bar on --constraint $(2) --editable ".[dev,bench]"
 	@touch $(1)/.ready
 endef
 
-$(VENV)/.ready: constraints.txt pyproject.toml
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py CMakeLists.txt $(CSRC)
 	$(call new_environment,$(VENV),constraints.txt)
 
-$(OLDEST)/.ready: constraints-oldest.txt pyproject.toml
+$(OLDEST)/.ready: constraints-oldest.txt pyproject.toml setup.py CMakeLists.txt $(CSRC)
 	$(call new_environment,$(OLDEST),constraints-oldest.txt)

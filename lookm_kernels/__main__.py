@@ -1,4 +1,4 @@
-"""`python -m lookm_kernels`: versions, device, and each backend with the reason when it is missing."""
+"""`python -m lookm_kernels`: versions, device, the extension's build, and each backend or why it is missing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import torch
 
 import lookm_kernels
+from lookm_kernels._build import built_for
 from lookm_kernels._dispatch import BACKENDS, why_missing
 
 
@@ -20,6 +21,10 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             rows[package] = "not installed"
     rows["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    try:
+        rows["CUDA extension"] = f"built for {built_for()}"
+    except LookupError as reason:
+        rows["CUDA extension"] = f"not built: {reason}"
     for backend in BACKENDS:
         reason = why_missing(backend)
         rows[f"backend {backend}"] = "available" if reason is None else f"missing: {reason}"
