@@ -89,8 +89,13 @@ def test_float8_on_a_gpu_without_it_is_refused() -> None:
 def test_a_kernel_is_launched_on_the_device_of_its_tensors() -> None:
     on_gpu = SimpleNamespace(dtype=torch.float16, ndim=4, shape=(1, 1, 1, 128), device=torch.device("cuda", 3))
     entered: list[torch.device] = []
-    with patch.object(torch.cuda, "device", lambda device: entered.append(device) or nullcontext()):
-        assert implementation("chip", "_configs", on_gpu)(torch.device("cpu")) == "sm_90"  # type: ignore[arg-type]
+    backend = SimpleNamespace(run=lambda *arguments: (entered[:], arguments))
+    with (
+        patch.object(importlib, "import_module", lambda name: backend),
+        patch.object(torch.cuda, "device", lambda device: entered.append(device) or nullcontext()),
+    ):
+        result = implementation("run", "scores", on_gpu)(1, 2)  # type: ignore[arg-type]
+    assert result == ([torch.device("cuda", 3)], (1, 2))
     assert entered == [torch.device("cuda", 3)]
 
 
