@@ -11,6 +11,9 @@ namespace lookm {
 
 __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
 
+// The shared memory that a launch asks for.
+extern __shared__ uint4 dynamic_memory[];
+
 // Launches `blocks` blocks along x, the only axis that is not limited to 65,535 of them; none is no error.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,

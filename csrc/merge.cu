@@ -324,8 +324,12 @@ MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, int 
 }
 
 cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes) {
+    int device = 0;
     std::size_t sort_bytes = 0;
-    const cudaError_t error = plan.key_bytes == 4 ? sort_bytes_of<std::uint32_t>(plan, &sort_bytes)
+    // CUB would say of a machine without a GPU that its number is wrong
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    error = plan.key_bytes == 4 ? sort_bytes_of<std::uint32_t>(plan, &sort_bytes)
                                                   : sort_bytes_of<std::uint64_t>(plan, &sort_bytes);
     *bytes = plan.sort + sort_bytes;
     return error;

@@ -190,7 +190,6 @@ __device__ void select_row(Shared &shared, const Row &row, int keep, int *kept, 
         find_digit(shared, shared.bins[0]);
         line.key |= shared.digit;
         line.ties = shared.wanted;
-        __syncthreads();
     }
     const int kept_empty = kept_size - keep, evicted_empty = evicted_size - (valid - keep);
     fill_empty(kept, kept_empty);
@@ -201,7 +200,6 @@ __device__ void select_row(Shared &shared, const Row &row, int keep, int *kept, 
 // VECTORS: rows start at multiples of 16 bytes. CACHED: keys and tiers stay in shared memory.
 template <bool VECTORS, bool CACHED>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(Select a) {
-    extern __shared__ uint4 dynamic_memory[];
     __shared__ Shared shared;
     const std::int64_t pid = blockIdx.x;
     const int quads = static_cast<int>(ceil_div(a.tokens, 4));

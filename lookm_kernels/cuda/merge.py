@@ -1,0 +1,33 @@
+"""Merging: evicted tokens sorted by pivot, fixed tiles of that order summed, then one warp a pivot: csrc/merge.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lookm_kernels import _native
+
+
+def merge_(
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    evicted: Tensor,
+    pivot: Tensor,
+    evicted_weight: Tensor,
+    kept_weight: Tensor,
+) -> None:
+    """See lookm_kernels.merge_."""
+    batch, heads, tokens, width = key.shape
+    kept_size, evicted_size = kept.shape[2], evicted.shape[2]
+    if kept_size == 0:
+        return
+    sizes = batch, heads, kept_size, evicted_size, width, value.shape[3]
+    workspace_bytes = _native.call("merge_workspace", key.device, *sizes)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=key.device)
+    lists = [x.contiguous() for x in (kept, evicted, pivot, evicted_weight, kept_weight)]
+    _native.call(
+        "merge", key.device, *_native.rows(key), *_native.rows(value), *(x.data_ptr() for x in lists),
+        _native.DTYPES[key.dtype], batch, heads, tokens, kept_size, evicted_size, workspace.data_ptr(), workspace_bytes,
+        _native.stream(key.device),
+    )  # fmt: skip
