@@ -14,28 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lookm_kernels import _native
 from lookm_kernels._checks import FP8
 
 BACKENDS = ("cuda", "triton", "reference")
 # what the tables of configurations in triton/ cover
 WIDEST_HEAD = 512
+# Where a backend was measured to be faster than Triton: (file of the op, compute capability) to (backend, source of the
+# figure). Empty, so Triton is preferred everywhere: no CUDA C++ kernel was timed on a GPU yet.
+FASTER: dict[tuple[str, tuple[int, int]], tuple[str, str]] = {}
 _library = torch.library.Library("lookm", "DEF")
 _forced: str | None = None
 
 
 def why_missing(backend: str) -> str | None:
     """None when the backend can run here, else the reason why it cannot."""
-    if importlib.util.find_spec(f"lookm_kernels.{backend}") is None:
-        return "not part of this version of lookm-kernels"
+    if backend == "cuda":
+        reason = _native.why_missing()
+        if reason is not None or _native.device_type() == "cpu":
+            return reason
+        if torch.version.hip is not None:
+            return "the GPU is not NVIDIA's"
+        return _why_no_gpu()
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
-        if not torch.cuda.is_available():
-            return "torch sees no GPU"
-        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-            return "the GPU is older than compute capability 8.0"
+        return _why_no_gpu()
+    return None
+
+
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
     return None
 
 
@@ -43,18 +57,19 @@ def why_missing(backend: str) -> str | None:
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the `with` block on one backend, on tensors of any device.
 
-    Without it the Triton kernels run on a GPU, for all they take (not float64, heads of up to 512, float8 from compute
-    capability 8.9 on), and the reference for everything else.
+    Without it every op runs on the backend that was measured to be the fastest on the GPU, which is Triton's for all
+    that no other was measured for. What that does not take (float64, heads of more than 512, float8 before compute
+    capability 8.9) and everything on a CPU runs on the reference. The environment variable LOOKM_BACKEND, read when an
+    op is called first, does the same for a whole process.
+
+    "cuda", the extension in CUDA C++, has selection, merge and compaction only: attention_scores and nearest_kept run
+    on the default backend of the device then.
 
     ValueError for an unknown backend, RuntimeError with the reason for one that is missing here; an op raises
     ValueError for tensors that the backend does not take.
     """
     global _forced
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_missing(backend)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend} is missing: {reason}")
+    _check_backend("backend", backend)
     before, _forced = _forced, backend
     try:
         yield
@@ -91,15 +106,55 @@ def default_backend(device: str) -> str:
     return "triton" if reason is None else "reference"
 
 
+def _check_backend(argument: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"`{argument}` must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = why_missing(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend} is missing: {reason}")
+
+
+@functools.cache
+def backend_of_process() -> str | None:
+    """What LOOKM_BACKEND says, with the errors of use_backend; None where it is not set or empty."""
+    backend = os.environ.get("LOOKM_BACKEND") or None
+    if backend is not None:
+        _check_backend("LOOKM_BACKEND", backend)
+    return backend
+
+
+@functools.cache
+def has_op(backend: str, module: str) -> bool:
+    """Whether a backend has the op of a file: the one in CUDA C++ has some only."""
+    return importlib.util.find_spec(f"lookm_kernels.{backend}.{module}") is not None
+
+
+def preferred_backend(module: str, device: torch.device) -> str:
+    """The backend that runs the op of a file on a device when none is asked for."""
+    default = default_backend(device.type)
+    if device.type != "cuda":
+        return default
+    backend, _ = FASTER.get((module, torch.cuda.get_device_capability(device)), (default, ""))
+    if default == "reference" and has_op("cuda", module):
+        backend = "cuda"
+    return backend if why_missing(backend) is None else default
+
+
 def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]:
     """The function `op` of file `module` of the backend for `tensors`.
 
-    The one that use_backend chose, ValueError for tensors it does not take; else the device's default, or the reference
-    for what that does not take.
+    The one that use_backend or LOOKM_BACKEND chose, ValueError for tensors it does not take; else the preferred one, or
+    the reference for what that does not take.
     """
-    backend = _forced or default_backend(tensors[0].device.type)
+    device = tensors[0].device
+    chosen = _forced or backend_of_process()
+    if chosen is not None and not has_op(chosen, module):
+        chosen = None
+    backend = chosen or preferred_backend(module, device)
     reason = None if backend == "reference" else why_only_reference(*tensors)
-    if reason is not None and _forced:
+    if backend == "cuda" and reason is None and device.type != _native.device_type():
+        reason = f"it has no kernels for tensors on {device}"
+    if reason is not None and chosen:
         raise ValueError(f"backend {backend}: {reason}")
     backend = backend if reason is None else "reference"
     function: Callable[..., Any] = getattr(importlib.import_module(f"lookm_kernels.{backend}.{module}"), op)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lookm_kernels._build import built_for
+
 # the tags of csrc/lookm.h
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -19,7 +21,10 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 def load() -> ModuleType | str:
     """The extension, or why there is none. Needs neither a driver nor a GPU."""
     if importlib.util.find_spec("lookm_kernels._C") is None:
-        return "the CUDA extension was not built"
+        try:
+            return f"the CUDA extension for {built_for()} was removed after it was built"
+        except LookupError as reason:
+            return f"the CUDA extension was not built: {reason}"
     try:
         return importlib.import_module("lookm_kernels._C")
     except ImportError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
+from emulator import Emulator, emulated, why_not_built
 from hypothesis import settings
 from inputs import INTERPRETED
 
+from lookm_kernels import _dispatch, _native
 from lookm_kernels._dispatch import use_backend, why_missing
 
 settings.register_profile("lookm", deadline=None, max_examples=150, print_blob=True)
@@ -20,13 +23,23 @@ settings.load_profile("interpreted" if INTERPRETED else "lookm")
 torch.set_num_threads(1)
 
 
-ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-reference")]
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-kernels", "cuda-reference")]
 DEVICES = ["triton"] if INTERPRETED else ["cpu", *ON_GPU]
+# the modules that test an op written in CUDA C++, and what holds for every op
+OF_CSRC = {"test_select", "test_merge", "test_compact", "test_compress", "test_ops"}
 
 
-@pytest.fixture(scope="module", params=DEVICES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The devices of a test that asks for one."""
+    if "device" in metafunc.fixturenames:
+        emulated = ["emulated"] if metafunc.module.__name__ in OF_CSRC and not INTERPRETED else []
+        metafunc.parametrize("device", [*DEVICES, *emulated], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Every device the ops run on, a GPU with its default backend, Triton, and with the reference.
+    """Every device the ops run on: a GPU with its default backend, Triton, with the kernels in CUDA C++ for all they
+    take, and with the reference; the CPU with the reference, and with the kernels of csrc/ emulated.
 
     Under TRITON_INTERPRET=1 the CPU, on which the Triton kernels then run instead.
     """
@@ -37,8 +50,35 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         if why_missing("triton"):
             pytest.skip(f"backend triton: {why_missing('triton')}")
         place, backend = "cpu", "triton"
-    with use_backend(backend) if backend else nullcontext():
+    if place == "emulated":
+        place, backend = "cpu", "kernels"
+        request.getfixturevalue("emulator")
+    if backend == "kernels" and why_missing("cuda"):
+        pytest.skip(f"backend cuda: {why_missing('cuda')}")
+    with prefer_csrc() if backend == "kernels" else use_backend(backend) if backend else nullcontext():
         yield torch.device(place)
+
+
+@contextmanager
+def prefer_csrc() -> Iterator[None]:
+    """The kernels in CUDA C++ run whatever they take; use_backend would refuse the rest."""
+    before = _dispatch.preferred_backend
+
+    def preferred(module: str, device: torch.device) -> str:
+        return "cuda" if _dispatch.has_op("cuda", module) else before(module, device)
+
+    with patch.object(_dispatch, "preferred_backend", preferred):
+        yield
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[Emulator]:
+    """The extension is that of tests/emulator, whose kernels run on tensors of the CPU."""
+    if why_not_built():
+        pytest.skip(str(why_not_built()))
+    found = emulated()
+    with patch.object(_native, "load", lambda: found.module):
+        yield found
 
 
 @pytest.fixture(scope="module")
