@@ -118,7 +118,7 @@ def build() -> str:
     without, included = (format_bytes(wheel["bytes"]) for wheel in result["wheels"])
     text = (
         f"The extension, built by nvcc {result['cuda']} on {result['threads']} threads of an {result['cpu']} processor "
-        f"(`python benchmarks/build_times.py`); a wheel is {included} with all of it and {without} without:"
+        f"at a load average of {result['load_average']:.1f} (`python benchmarks/build_times.py`); a wheel is {included} with all of it and {without} without:"
     )
     return text + "\n\n" + markdown(["", "configure", "compile", "size"], rows)
 
