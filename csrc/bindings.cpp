@@ -95,7 +95,6 @@ py::dict plan_of(int batch, int heads, int kept_size, int evicted_size, int key_
     const MergePlan plan = merge_plan(batch, heads, kept_size, evicted_size, key_width, value_width);
     py::dict found;
     found["items"] = plan.items;
-    found["key_bytes"] = plan.key_bytes;
     found["key_bits"] = plan.key_bits;
     found["tiles"] = plan.tiles;
     found["offsets"] = py::make_tuple(plan.keys[0], plan.keys[1], plan.places[0], plan.places[1], plan.starts,

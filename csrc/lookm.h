@@ -58,8 +58,7 @@ struct Merge {
 // How the evicted tokens of all rows are sorted and cut, and where that lies in the workspace (offsets in bytes).
 struct MergePlan {
     std::int64_t items;      // B H E tokens to sort
-    int key_bytes;           // 4 or 8 bytes of a sort key: row (K + 1) + pivot, K instead for "merges nowhere"
-    int key_bits;            // of them those that are sorted
+    int key_bits;            // of a sort key, row (K + 1) + pivot, K instead for "merges nowhere"; 32 at most
     int tiles;               // whole tiles in the sorted order of one row
     std::size_t keys[2];     // [items] sort keys, twice
     std::size_t places[2];   // [items] int32 places in the evicted list of a row, twice

@@ -21,6 +21,9 @@ constexpr int kTile = 128;
 constexpr int kAhead = 4;  // rows that a lane reads before it adds the first of them
 constexpr unsigned kAll = 0xffffffff;
 
+using Key = std::uint32_t;
+constexpr int kMostKeyBits = 32;  // 2^32 kept tokens are more than any GPU holds
+
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -43,7 +46,6 @@ struct BlockOfRow {
         : row(static_cast<int>(blockIdx.x / blocks)), block(static_cast<int>(blockIdx.x % blocks)) {}
 };
 
-template <typename Key>
 __global__ void __launch_bounds__(kThreads) keys_kernel(const int *evicted, const int *pivot, const float *weight,
                                                         Key *keys, int *places, int kept_size, int evicted_size,
                                                         unsigned blocks) {
@@ -58,7 +60,6 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const int *evicted, cons
 }
 
 // Where the run of every pivot, and of what merges nowhere, begins: a binary search for each.
-template <typename Key>
 __global__ void __launch_bounds__(kThreads) starts_kernel(const Key *keys, int *starts, int kept_size,
                                                           int evicted_size, unsigned blocks) {
     const BlockOfRow here(blocks);
@@ -166,7 +167,7 @@ struct Layer {
 };
 
 // One warp a tile, of those that lie inside the run of a pivot.
-template <typename T, int COUNT, typename Key>
+template <typename T, int COUNT>
 __global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT> layer, const Key *keys, int kept_size,
                                                                  unsigned blocks) {
     const auto [row, block] = BlockOfRow(blocks);
@@ -238,21 +239,21 @@ X *in_workspace(void *workspace, std::size_t offset) {
     return reinterpret_cast<X *>(static_cast<char *>(workspace) + offset);
 }
 
-template <typename T, int COUNT, typename Key>
+template <typename T, int COUNT>
 cudaError_t sum_groups(const Merge &a, const MergePlan &plan, void *workspace, const Key *keys, const int *order,
                        cudaStream_t stream) {
     const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
     const unsigned tile_blocks = ceil_div(plan.tiles, kWarps), merge_blocks = ceil_div(a.kept_size, kWarps);
     const Layer<T, COUNT> layer{a.key, a.value, order, a.evicted, a.evicted_weight,
                                 in_workspace<float>(workspace, plan.sums), a.heads, a.evicted_size, plan.tiles};
-    const cudaError_t error = launch(tile_kernel<T, COUNT, Key>, rows * tile_blocks, kThreads, 0, stream, layer, keys,
+    const cudaError_t error = launch(tile_kernel<T, COUNT>, rows * tile_blocks, kThreads, 0, stream, layer, keys,
                                      a.kept_size, tile_blocks);
     if (error != cudaSuccess) return error;
     return launch(merge_kernel<T, COUNT>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept,
                   in_workspace<const int>(workspace, plan.starts), a.kept_weight, a.kept_size, merge_blocks);
 }
 
-template <typename T, typename Key>
+template <typename T>
 cudaError_t sum_groups_of(const Merge &a, const MergePlan &plan, void *workspace, const Key *keys, const int *order,
                           cudaStream_t stream) {
     constexpr int item = sizeof(T);
@@ -265,40 +266,6 @@ cudaError_t sum_groups_of(const Merge &a, const MergePlan &plan, void *workspace
     }
 }
 
-template <typename Key>
-cudaError_t merge_by(const Merge &a, const MergePlan &plan, void *workspace, std::size_t bytes, cudaStream_t stream) {
-    cub::DoubleBuffer<Key> keys(in_workspace<Key>(workspace, plan.keys[0]), in_workspace<Key>(workspace, plan.keys[1]));
-    cub::DoubleBuffer<int> places(in_workspace<int>(workspace, plan.places[0]),
-                                  in_workspace<int>(workspace, plan.places[1]));
-    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
-    const unsigned key_blocks = ceil_div(a.evicted_size, kThreads), start_blocks = a.kept_size / kThreads + 1;
-    cudaError_t error = launch(keys_kernel<Key>, rows * key_blocks, kThreads, 0, stream, a.evicted, a.pivot,
-                               a.evicted_weight, keys.Current(), places.Current(), a.kept_size, a.evicted_size,
-                               key_blocks);
-    if (error != cudaSuccess) return error;
-    std::size_t sort_bytes = bytes - plan.sort;
-    error = cub::DeviceRadixSort::SortPairs(in_workspace<void>(workspace, plan.sort), sort_bytes, keys, places,
-                                            plan.items, 0, plan.key_bits, stream);
-    if (error != cudaSuccess) return error;
-    error = launch(starts_kernel<Key>, rows * start_blocks, kThreads, 0, stream, keys.Current(),
-                   in_workspace<int>(workspace, plan.starts), a.kept_size, a.evicted_size, start_blocks);
-    if (error != cudaSuccess) return error;
-    switch (a.dtype) {
-        case Dtype::kFloat16:
-            return sum_groups_of<__half>(a, plan, workspace, keys.Current(), places.Current(), stream);
-        case Dtype::kBFloat16:
-            return sum_groups_of<__nv_bfloat16>(a, plan, workspace, keys.Current(), places.Current(), stream);
-        default: return sum_groups_of<float>(a, plan, workspace, keys.Current(), places.Current(), stream);
-    }
-}
-
-template <typename Key>
-cudaError_t sort_bytes_of(const MergePlan &plan, std::size_t *bytes) {
-    cub::DoubleBuffer<Key> keys;
-    cub::DoubleBuffer<int> places;
-    return cub::DeviceRadixSort::SortPairs(nullptr, *bytes, keys, places, plan.items, 0, plan.key_bits);
-}
-
 }  // namespace
 
 MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, int key_width, int value_width) {
@@ -308,14 +275,13 @@ MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, int 
     plan.tiles = evicted_size / kTile;
     while (plan.key_bits < 63 && groups > std::int64_t{1} << plan.key_bits) ++plan.key_bits;
     plan.key_bits = std::max(plan.key_bits, 1);
-    plan.key_bytes = plan.key_bits <= 32 ? 4 : 8;
     std::size_t end = 0;
     const auto take = [&end](std::int64_t count, std::size_t item) {
         const std::size_t begin = end;
         end += ceil_div(static_cast<std::int64_t>(count * item), 256) * 256;
         return begin;
     };
-    for (std::size_t &keys : plan.keys) keys = take(plan.items, plan.key_bytes);
+    for (std::size_t &keys : plan.keys) keys = take(plan.items, sizeof(Key));
     for (std::size_t &places : plan.places) places = take(plan.items, sizeof(int));
     plan.starts = take(groups, sizeof(int));
     plan.sums = take(rows * plan.tiles * (std::int64_t{key_width} + value_width), sizeof(float));
@@ -329,8 +295,10 @@ cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes) {
     // CUB would say of a machine without a GPU that its number is wrong
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
-    error = plan.key_bytes == 4 ? sort_bytes_of<std::uint32_t>(plan, &sort_bytes)
-                                                  : sort_bytes_of<std::uint64_t>(plan, &sort_bytes);
+    if (plan.key_bits > kMostKeyBits) return cudaErrorInvalidValue;
+    cub::DoubleBuffer<Key> keys;
+    cub::DoubleBuffer<int> places;
+    error = cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, places, plan.items, 0, plan.key_bits);
     *bytes = plan.sort + sort_bytes;
     return error;
 }
@@ -338,8 +306,30 @@ cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes) {
 cudaError_t merge(const Merge &a, void *workspace, std::size_t bytes, cudaStream_t stream) {
     if (a.kept_size == 0) return cudaSuccess;
     const MergePlan plan = merge_plan(a.batch, a.heads, a.kept_size, a.evicted_size, a.key.width, a.value.width);
-    return plan.key_bytes == 4 ? merge_by<std::uint32_t>(a, plan, workspace, bytes, stream)
-                               : merge_by<std::uint64_t>(a, plan, workspace, bytes, stream);
+    if (plan.key_bits > kMostKeyBits) return cudaErrorInvalidValue;
+    cub::DoubleBuffer<Key> keys(in_workspace<Key>(workspace, plan.keys[0]), in_workspace<Key>(workspace, plan.keys[1]));
+    cub::DoubleBuffer<int> places(in_workspace<int>(workspace, plan.places[0]),
+                                  in_workspace<int>(workspace, plan.places[1]));
+    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
+    const unsigned key_blocks = ceil_div(a.evicted_size, kThreads), start_blocks = a.kept_size / kThreads + 1;
+    cudaError_t error = launch(keys_kernel, rows * key_blocks, kThreads, 0, stream, a.evicted, a.pivot,
+                               a.evicted_weight, keys.Current(), places.Current(), a.kept_size, a.evicted_size,
+                               key_blocks);
+    if (error != cudaSuccess) return error;
+    std::size_t sort_bytes = bytes - plan.sort;
+    error = cub::DeviceRadixSort::SortPairs(in_workspace<void>(workspace, plan.sort), sort_bytes, keys, places,
+                                            plan.items, 0, plan.key_bits, stream);
+    if (error != cudaSuccess) return error;
+    error = launch(starts_kernel, rows * start_blocks, kThreads, 0, stream, keys.Current(),
+                   in_workspace<int>(workspace, plan.starts), a.kept_size, a.evicted_size, start_blocks);
+    if (error != cudaSuccess) return error;
+    switch (a.dtype) {
+        case Dtype::kFloat16:
+            return sum_groups_of<__half>(a, plan, workspace, keys.Current(), places.Current(), stream);
+        case Dtype::kBFloat16:
+            return sum_groups_of<__nv_bfloat16>(a, plan, workspace, keys.Current(), places.Current(), stream);
+        default: return sum_groups_of<float>(a, plan, workspace, keys.Current(), places.Current(), stream);
+    }
 }
 
 }  // namespace lookm

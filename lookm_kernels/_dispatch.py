@@ -20,7 +20,7 @@ from lookm_kernels._checks import FP8
 BACKENDS = ("cuda", "triton", "reference")
 # what the tables of configurations in triton/ cover
 WIDEST_HEAD = 512
-# Where a backend was measured to be faster than Triton: (file of the op, compute capability) to (backend, source of the
+# Where a backend was measured to be faster than Triton: (file of the op, compute capability) to (backend, file with the
 # figure). Empty, so Triton is preferred everywhere: no CUDA C++ kernel was timed on a GPU yet.
 FASTER: dict[tuple[str, tuple[int, int]], tuple[str, str]] = {}
 _library = torch.library.Library("lookm", "DEF")

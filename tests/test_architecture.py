@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-KERNELS, LOOKM = ROOT / "lookm_kernels", ROOT / "python" / "lookm"
+KERNELS, LOOKM, CSRC = ROOT / "lookm_kernels", ROOT / "python" / "lookm", ROOT / "csrc"
 OPS = {"scores", "select", "nearest", "merge", "compact", "compress"}
 LEAVES = {"lookm_kernels._checks", "lookm_kernels._version"}
 PUBLIC = {"lookm_kernels", "lookm_kernels.rules", "lookm_kernels._version"}
@@ -55,7 +56,8 @@ def test_the_specification_stands_on_its_own(path: Path) -> None:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_an_op_knows_its_backends_through_the_dispatcher_only(op: str) -> None:
-    assert not {module for module in imports(KERNELS / f"{op}.py") if "reference" in module or "triton" in module}
+    backends = ("reference", "triton", "cuda")
+    assert not {module for module in imports(KERNELS / f"{op}.py") if any(backend in module for backend in backends)}
     assert "lookm_kernels._dispatch" in imports(KERNELS / f"{op}.py")
 
 
@@ -65,6 +67,24 @@ def test_the_same_basename_is_the_same_op_in_every_folder() -> None:
     for backend in ("reference", "triton"):
         kernels = {path.stem for path in (KERNELS / backend).glob("*.py") if not path.stem.startswith("_")}
         assert kernels == OPS - {"compress"}
+    # what Triton does poorly
+    own = {path.stem for path in (KERNELS / "cuda").glob("*.py") if not path.stem.startswith("_")}
+    assert own == {path.stem for path in CSRC.glob("*.cu")} == {"select", "merge", "compact"}
+
+
+def test_python_is_known_to_one_file_of_csrc_and_libtorch_to_none() -> None:
+    for path in CSRC.iterdir():
+        if path.suffix in (".h", ".cu", ".cuh", ".cpp"):
+            text = path.read_text()
+            assert ("pybind11" in text) == (path.name == "bindings.cpp")
+            assert not re.search("torch/|ATen|c10", text)
+
+
+@pytest.mark.parametrize("path", [*files(KERNELS / "cuda"), KERNELS / "_native.py"], ids=lambda path: path.name)
+def test_the_extension_is_known_to_one_file(path: Path) -> None:
+    own = {module for module in imports(path) if module.startswith("lookm_kernels")}
+    assert own <= {"lookm_kernels", "lookm_kernels._build"}
+    assert ("lookm_kernels._C" in path.read_text()) == (path.name == "_native.py")
 
 
 @pytest.mark.parametrize("path", files(LOOKM), ids=lambda path: str(path.relative_to(ROOT)))
@@ -98,7 +118,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_the_kernels_loads_no_backend_and_no_transformers() -> None:
     loaded = loaded_by("import lookm_kernels") - loaded_by("import torch")
-    assert not {"transformers", "triton", "lookm", "lookm_kernels.reference.scores"} & loaded
+    assert not {"transformers", "triton", "lookm", "lookm_kernels.reference.scores", "lookm_kernels._C"} & loaded
 
 
 def test_importing_lookm_loads_neither_the_command_line_nor_the_demo() -> None:

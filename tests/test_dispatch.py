@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -13,13 +16,22 @@ import torch
 from inputs import OPS, arguments, public, random
 from torch import Tensor
 
-from lookm_kernels import _dispatch, attention_scores, nearest_kept
+import lookm_kernels
+from lookm_kernels import _dispatch, _native, attention_scores, nearest_kept
 from lookm_kernels._checks import FP8
-from lookm_kernels._dispatch import BACKENDS, default_backend, implementation, use_backend, why_missing
+from lookm_kernels._dispatch import (
+    BACKENDS,
+    backend_of_process,
+    default_backend,
+    implementation,
+    preferred_backend,
+    use_backend,
+    why_missing,
+)
 
 
 def module_of(tensor: Tensor) -> str:
-    return implementation("nearest_kept", "nearest", tensor).__module__
+    return implementation("select_tokens", "select", tensor).__module__
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -27,11 +39,14 @@ def test_a_backend_can_be_forced_or_says_why_not(backend: str) -> None:
     reason = why_missing(backend)
     if reason is None:
         with use_backend(backend):
-            assert module_of(random(0, 1, 1, 2, 4)) == f"lookm_kernels.{backend}.nearest"
+            assert module_of(random(0, 1, 1, 2, 4)) == f"lookm_kernels.{backend}.select"
     else:
-        with pytest.raises(RuntimeError, match=f"backend {backend} is missing: {reason}"), use_backend(backend):
+        with (
+            pytest.raises(RuntimeError, match=re.escape(f"backend {backend} is missing: {reason}")),
+            use_backend(backend),
+        ):
             pass
-    assert module_of(random(0, 1, 1, 2, 4)) == "lookm_kernels.reference.nearest"
+    assert module_of(random(0, 1, 1, 2, 4)) == "lookm_kernels.reference.select"
 
 
 @pytest.fixture
@@ -74,6 +89,59 @@ def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch)
     default_backend.cache_clear()
 
 
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """LOOKM_BACKEND is read anew in the test and after it."""
+    backend_of_process.cache_clear()
+    yield monkeypatch
+    backend_of_process.cache_clear()
+
+
+def test_the_environment_chooses_a_backend(environment: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    environment.setenv("LOOKM_BACKEND", "triton")
+    environment.setattr(_dispatch, "why_missing", lambda backend: None)
+    environment.setattr(importlib, "import_module", lambda name: chosen.append(name) or SimpleNamespace(run=None))
+    implementation("run", "scores", random(0, 1, 1, 2, 4))
+    environment.setenv("LOOKM_BACKEND", "reference")
+    implementation("run", "scores", random(0, 1, 1, 2, 4))
+    with use_backend("reference"):
+        implementation("run", "scores", random(0, 1, 1, 2, 4))
+    assert chosen == [f"lookm_kernels.{backend}.scores" for backend in ("triton", "triton", "reference")]
+
+
+def test_the_environment_is_refused_as_loudly(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("LOOKM_BACKEND", "vulkan")
+    with pytest.raises(ValueError, match="`LOOKM_BACKEND` must be one of cuda, triton, reference, got 'vulkan'"):
+        nearest_kept(**arguments("nearest_kept"))
+    environment.setenv("LOOKM_BACKEND", "triton")
+    environment.setattr(_dispatch, "why_missing", lambda backend: "there is none")
+    with pytest.raises(RuntimeError, match="backend triton is missing: there is none"):
+        nearest_kept(**arguments("nearest_kept"))
+    environment.setenv("LOOKM_BACKEND", "")
+    assert backend_of_process() is None
+
+
+@pytest.mark.usefixtures("gpu_with_triton")
+def test_a_faster_backend_is_preferred_where_it_was_measured_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert preferred_backend("select", gpu) == "triton"
+    monkeypatch.setitem(_dispatch.FASTER, ("select", (8, 0)), ("cuda", "this test"))
+    assert preferred_backend("select", gpu) == "cuda"
+    assert preferred_backend("merge", gpu) == "triton"
+    assert preferred_backend("select", torch.device("cpu")) == "reference"
+    monkeypatch.setattr(_dispatch, "why_missing", lambda backend: "no" if backend == "cuda" else None)
+    assert preferred_backend("select", gpu) == "triton"
+
+
+@pytest.mark.filterwarnings("ignore:lookm_kernels. the slow reference runs")
+@pytest.mark.usefixtures("gpu_with_triton")
+def test_csrc_runs_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "why_missing", lambda backend: "no" if backend == "triton" else None)
+    assert preferred_backend("select", torch.device("cuda", 0)) == "cuda"
+    assert preferred_backend("scores", torch.device("cuda", 0)) == "reference"
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="`backend` must be one of cuda, triton, reference, got 'vulkan'"):
         use_backend("vulkan").__enter__()
@@ -96,3 +164,49 @@ def test_triton_refuses_wider_heads_than_it_has_configurations_for() -> None:
     lists = torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([[[2, 3]]], dtype=torch.int32)
     with use_backend("triton"), pytest.raises(ValueError, match="a head dimension of 513 is above 512"):
         nearest_kept(key, *lists)
+
+
+@pytest.fixture
+def load_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`_native.load` forgets what it found, before the test and after it."""
+    monkeypatch.delitem(sys.modules, "lookm_kernels._C", raising=False)
+    _native.load.cache_clear()
+    yield
+    _native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("load_anew")
+def test_a_broken_extension_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "_C.abi3.so").write_bytes(b"")
+    monkeypatch.setattr(lookm_kernels, "__path__", [str(tmp_path), *lookm_kernels.__path__])
+    assert "the CUDA extension does not load: " in str(why_missing("cuda"))
+    with pytest.raises(RuntimeError, match="backend cuda is missing: the CUDA extension does not load"):
+        use_backend("cuda").__enter__()
+
+
+@pytest.mark.usefixtures("load_anew")
+def test_a_missing_extension_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lookm_kernels, "__path__", [str(tmp_path)])
+    monkeypatch.setattr("lookm_kernels._build.__file__", str(tmp_path / "_build.py"))
+    assert str(why_missing("cuda")).startswith("the CUDA extension was not built: this is a checkout")
+    (tmp_path / "_build.json").write_text('{"archs": ["80"], "cuda": "13.0"}')
+    _native.load.cache_clear()
+    assert why_missing("cuda") == "the CUDA extension for sm_80 with CUDA 13.0 was removed after it was built"
+
+
+@pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_real_extension_without_a_gpu() -> None:
+    """It loads, knows why it cannot run, and its launchers raise rather than crash."""
+    assert _native.device_type() == "cuda"
+    assert why_missing("cuda") == "torch sees no GPU"
+    module = _native.load()
+    rows = (256, (64, 64, 8), 8)
+    with pytest.raises(RuntimeError, match=r"select \(B=1 H=8 N=32768 K=5 E=32763\): .+ \[cudaError\w+\]"):
+        module.select(256, 256, 0, 256, 256, 1, 8, 32768, 5, 5, 32763, 0)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=r"merge's workspace \(B=1 H=8 K=5 E=32763\): .+ \[cudaError\w+\]"):
+        module.merge_workspace(1, 8, 5, 32763, 8, 8)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=r"merge \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
+        module.merge(*rows, *rows, *(5 * [256]), 0, 1, 8, 9, 3, 6, 256, 1 << 20, 0)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=r"compact \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
+        module.compact(*rows, *rows, 256, 0, 1, 8, 9, 3, 0)  # type: ignore[union-attr]
