@@ -68,7 +68,7 @@ clean:
 define new_environment
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed for development, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(1)
-	# with nvcc, the extension for one architecture: all take minutes, and newer GPUs run this one's PTX
+	# with nvcc, the extension for one architecture, which is quicker; newer GPUs run its PTX
 	LOOKM_CUDA_ARCHS=$${LOOKM_CUDA_ARCHS:-80} $(1)/bin/python -m pip install --upgrade --progress-bar on --constraint $(2) --editable ".[dev,bench]"
 	@touch $(1)/.ready
 endef

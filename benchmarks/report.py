@@ -109,8 +109,7 @@ def build() -> str:
     rows = [
         [
             f"sm_{entry['archs'][0]}" if len(entry["archs"]) == 1 else f"these {len(entry['archs'])} together",
-            f"{entry['configure_s']:.0f} s",
-            f"{entry['compile_s']:.0f} s",
+            *(f"{entry[step][time]:.0f} s" for step in ("configure", "compile") for time in ("wall_s", "processor_s")),
             format_bytes(entry["bytes"]),
         ]
         for entry in result["builds"]
@@ -118,9 +117,10 @@ def build() -> str:
     without, included = (format_bytes(wheel["bytes"]) for wheel in result["wheels"])
     text = (
         f"The extension, built by nvcc {result['cuda']} on {result['threads']} threads of an {result['cpu']} processor "
-        f"at a load average of {result['load_average']:.1f} (`python benchmarks/build_times.py`); a wheel is {included} with all of it and {without} without:"
+        f"at a load average of {result['load_average']:.1f} (`python benchmarks/build_times.py`); a wheel is "
+        f"{included} with all of it and {without} without:"
     )
-    return text + "\n\n" + markdown(["", "configure", "compile", "size"], rows)
+    return text + "\n\n" + markdown(["", "configure", "processor time", "compile", "processor time", "size"], rows)
 
 
 def targets() -> str:
