@@ -1,7 +1,7 @@
-// Merging: evicted tokens sorted by pivot, fixed tiles of that order summed, then one warp a pivot.
+// Merging: evicted tokens sorted by pivot, then one warp a pivot, whose members lie side by side in that order.
 //
-// A tile that lies inside one pivot's run is summed ahead by a warp of its own, so a pivot that attracts everything adds
-// tiles, not tokens. Lanes hold neighbouring pieces of a key row and of a value row, and every sum has one fixed order.
+// Fixed tiles of the order that lie inside one pivot's run are summed ahead, each by a warp, so a pivot that attracts
+// everything adds tiles, not tokens. Lanes hold neighbouring pieces of a key row and of a value row, and every sum has one fixed order.
 #include <algorithm>
 
 #include <cub/device/device_radix_sort.cuh>
@@ -79,58 +79,15 @@ __global__ void __launch_bounds__(kThreads) starts_kernel(const Key *keys, int *
     starts[group] = low;
 }
 
-// The evicted tokens of one (row, head) in the order of their pivots.
-struct Members {
-    const int *order, *evicted;
-    const float *weight;
-};
-
 // One lane's piece of the key or value rows of one (row, head).
 template <typename T, int COUNT>
 struct Piece {
     T *x;
     std::int64_t stride;
-    bool inside;  // whether the rows are that wide; every lane of a warp takes part in `add` all the same
+    bool inside;  // whether the rows are that wide
 
     __device__ Pack<T, COUNT> &at(int token) const {
         return *reinterpret_cast<Pack<T, COUNT> *>(x + token * stride);
-    }
-
-    // Adds weight x of the tokens at places begin to end - 1 of the order.
-    __device__ void add(float (&sum)[COUNT], const Members &members, int begin, int end) const {
-        const int lane = threadIdx.x % kWarp;
-#pragma unroll 1
-        for (int first = begin; first < end; first += kWarp) {
-            int own_token = 0;
-            float own_weight = 0.0f;
-            if (first + lane < end) {
-                const int place = members.order[first + lane];
-                own_token = members.evicted[place];
-                own_weight = members.weight[place];
-            }
-            const int count = min(kWarp, end - first);
-#pragma unroll 1
-            for (int begin_ahead = 0; begin_ahead < count; begin_ahead += kAhead) {
-                int token[kAhead];
-                float weight[kAhead];
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    token[i] = __shfl_sync(kAll, own_token, begin_ahead + i);
-                    weight[i] = __shfl_sync(kAll, own_weight, begin_ahead + i);
-                }
-                if (!inside) continue;
-                Pack<T, COUNT> ahead[kAhead];
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    if (begin_ahead + i < count) ahead[i] = at(token[i]);
-                }
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    if (begin_ahead + i >= count) break;
-                    for (int j = 0; j < COUNT; ++j) sum[j] += weight[i] * to_float(ahead[i].x[j]);
-                }
-            }
-        }
     }
 };
 
@@ -145,15 +102,10 @@ struct Layer {
 
     __device__ int pieces() const { return (key.width + value.width) / COUNT; }
 
-    __device__ Members members(int row) const {
-        const std::int64_t offset = static_cast<std::int64_t>(row) * evicted_size;
-        return {order + offset, evicted + offset, weight + offset};
-    }
-
     __device__ Piece<T, COUNT> piece(int row, int number) const {
         const int element = number * COUNT;
         const bool of_key = element < key.width;
-        const Rows &x = of_key ? key : value;
+        const Rows x = of_key ? key : value;
         const std::int64_t offset = row / heads * x.stride_b + row % heads * x.stride_h;
         return {static_cast<T *>(x.data) + offset + (of_key ? element : element - key.width), x.stride_n,
                 element < key.width + value.width};
@@ -163,6 +115,45 @@ struct Layer {
     __device__ Pack<float, COUNT> *tile_sum(int row, int tile, int number) const {
         const std::int64_t before = (static_cast<std::int64_t>(row) * tiles + tile) * pieces();
         return reinterpret_cast<Pack<float, COUNT> *>(sums) + before + number;
+    }
+
+    // Adds weight x of the tokens at places begin to end - 1 of a row's order. Every lane of a warp takes part, also one
+    // whose piece is not inside.
+    __device__ void add(float (&sum)[COUNT], const Piece<T, COUNT> &piece, int row, int begin, int end) const {
+        const std::int64_t offset = static_cast<std::int64_t>(row) * evicted_size;
+        const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+        for (int first = begin; first < end; first += kWarp) {
+            int own_token = 0;
+            float own_weight = 0.0f;
+            if (first + lane < end) {
+                const int place = order[offset + first + lane];
+                own_token = evicted[offset + place];
+                own_weight = weight[offset + place];
+            }
+            const int count = min(kWarp, end - first);
+#pragma unroll 1
+            for (int begin_ahead = 0; begin_ahead < count; begin_ahead += kAhead) {
+                int token[kAhead];
+                float factor[kAhead];
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    token[i] = __shfl_sync(kAll, own_token, begin_ahead + i);
+                    factor[i] = __shfl_sync(kAll, own_weight, begin_ahead + i);
+                }
+                if (!piece.inside) continue;
+                Pack<T, COUNT> ahead[kAhead];
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    if (begin_ahead + i < count) ahead[i] = piece.at(token[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    if (begin_ahead + i >= count) break;
+                    for (int j = 0; j < COUNT; ++j) sum[j] += factor[i] * to_float(ahead[i].x[j]);
+                }
+            }
+        }
     }
 };
 
@@ -182,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT>
         const int own = first + threadIdx.x % kWarp;
         const Piece<T, COUNT> piece = layer.piece(row, own);
         float sum[COUNT] = {};
-        piece.add(sum, layer.members(row), begin, end);
+        layer.add(sum, piece, row, begin, end);
         if (piece.inside) {
             Pack<float, COUNT> out;
             for (int j = 0; j < COUNT; ++j) out.x[j] = sum[j];
@@ -191,21 +182,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT>
     }
 }
 
-// One warp a kept token: the tokens before the first whole tile of its run, the whole tiles, the tokens after the last.
-template <typename T, int COUNT>
-__global__ void __launch_bounds__(kThreads, kBlocks) merge_kernel(Layer<T, COUNT> layer, const int *kept,
-                                                                  const int *starts, const float *kept_weight,
-                                                                  int kept_size, unsigned blocks) {
+// One warp a kept token. Without TILES those whose run holds no whole tile: they are many and need few registers. With
+// TILES the others: the tokens before the first whole tile, the whole tiles, the tokens after the last.
+template <typename T, int COUNT, bool TILES>
+__global__ void __launch_bounds__(kThreads, TILES ? 1 : kBlocks)
+    merge_kernel(Layer<T, COUNT> layer, const int *kept, const int *starts, const float *kept_weight, int kept_size,
+                 unsigned blocks) {
     const auto [row, block] = BlockOfRow(blocks);
     const int place = block * kWarps + static_cast<int>(threadIdx.x) / kWarp;
     if (place >= kept_size) return;
     const std::int64_t number = static_cast<std::int64_t>(row) * kept_size + place;
-    const int token = kept[number], begin = starts[number + row], end = starts[number + row + 1];
+    const int begin = starts[number + row], end = starts[number + row + 1];
+    const int first_tile = (begin + kTile - 1) / kTile, last_tile = end / kTile;
+    if ((first_tile < last_tile) != TILES) return;
+    const int token = kept[number];
     const float own_weight = kept_weight[number];
     // an empty place, or nothing to change: what is not rewritten keeps its bits
     if (token < 0 || (begin == end && own_weight == 1.0f)) return;
-    const int first_tile = (begin + kTile - 1) / kTile, last_tile = end / kTile;
-    const int head = min(end, first_tile * kTile), tail = max(head, last_tile * kTile);
 #pragma unroll 1
     for (int first = 0; first < layer.pieces(); first += kWarp) {
         const int own = first + threadIdx.x % kWarp;
@@ -215,17 +208,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) merge_kernel(Layer<T, COUNT
             const Pack<T, COUNT> row_piece = piece.at(token);
             for (int j = 0; j < COUNT; ++j) sum[j] = own_weight * to_float(row_piece.x[j]);
         }
-        // one loop around both ends of the run, as inlined twice `add` would need twice the registers
-#pragma unroll 1
-        for (int part = 0; part < 2; ++part) {
-            piece.add(sum, layer.members(row), part ? tail : begin, part ? end : head);
-            if (part == 1 || !piece.inside) continue;
+        layer.add(sum, piece, row, begin, TILES ? first_tile * kTile : end);
+        if (TILES && piece.inside) {
             const Pack<float, COUNT> *tile_sum = layer.tile_sum(row, first_tile, own);
-#pragma unroll 4
+#pragma unroll 8
             for (int tile = first_tile; tile < last_tile; ++tile, tile_sum += layer.pieces()) {
-                for (int j = 0; j < COUNT; ++j) sum[j] += tile_sum->x[j];
+                const Pack<float, COUNT> add = *tile_sum;
+                for (int j = 0; j < COUNT; ++j) sum[j] += add.x[j];
             }
         }
+        if (TILES) layer.add(sum, piece, row, last_tile * kTile, end);
         if (piece.inside) {
             Pack<T, COUNT> rounded;
             for (int j = 0; j < COUNT; ++j) round_to(&rounded.x[j], sum[j]);
@@ -246,11 +238,16 @@ cudaError_t sum_groups(const Merge &a, const MergePlan &plan, void *workspace, c
     const unsigned tile_blocks = ceil_div(plan.tiles, kWarps), merge_blocks = ceil_div(a.kept_size, kWarps);
     const Layer<T, COUNT> layer{a.key, a.value, order, a.evicted, a.evicted_weight,
                                 in_workspace<float>(workspace, plan.sums), a.heads, a.evicted_size, plan.tiles};
-    const cudaError_t error = launch(tile_kernel<T, COUNT>, rows * tile_blocks, kThreads, 0, stream, layer, keys,
-                                     a.kept_size, tile_blocks);
+    const auto *starts = in_workspace<const int>(workspace, plan.starts);
+    cudaError_t error = launch(merge_kernel<T, COUNT, false>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept,
+                               starts, a.kept_weight, a.kept_size, merge_blocks);
+    // without a whole tile no run holds one
+    if (error != cudaSuccess || plan.tiles == 0) return error;
+    error = launch(tile_kernel<T, COUNT>, rows * tile_blocks, kThreads, 0, stream, layer, keys, a.kept_size,
+                   tile_blocks);
     if (error != cudaSuccess) return error;
-    return launch(merge_kernel<T, COUNT>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept,
-                  in_workspace<const int>(workspace, plan.starts), a.kept_weight, a.kept_size, merge_blocks);
+    return launch(merge_kernel<T, COUNT, true>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept, starts,
+                  a.kept_weight, a.kept_size, merge_blocks);
 }
 
 template <typename T>

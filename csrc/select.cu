@@ -81,6 +81,7 @@ __device__ void find_digit(Shared &shared, const int *bins) {
     const int wanted = shared.wanted;
     int before;
     BinScan(shared.scan.bins).ExclusiveSum(bins[high] + bins[low], before);
+    // what is wanted was read by all before one writes it
     __syncthreads();
     const int between = before + bins[high], after = between + bins[low];
     if (before < wanted && wanted <= after) {
