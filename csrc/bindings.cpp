@@ -57,8 +57,17 @@ Dtype dtype_of(int tag) {
 
 void run_select(Address scores, Address tier, Address keeps, Address kept, Address evicted, int batch, int heads,
                 int tokens, int keep, int kept_size, int evicted_size, Address stream) {
-    const Select a{pointer<const float>(scores), pointer<const int>(tier), pointer<const int>(keeps),
-                   pointer<int>(kept), pointer<int>(evicted), batch, heads, tokens, keep, kept_size, evicted_size};
+    const Select a{pointer<const float>(scores),
+                   pointer<const int>(tier),
+                   pointer<const int>(keeps),
+                   pointer<int>(kept),
+                   pointer<int>(evicted),
+                   batch,
+                   heads,
+                   tokens,
+                   keep,
+                   kept_size,
+                   evicted_size};
     check(select_tokens(a, pointer<CUstream_st>(stream)), "select", shapes(a));
 }
 
@@ -76,18 +85,33 @@ void run_merge(Address key, const Strides &key_strides, int key_width, Address v
                int value_width, Address kept, Address evicted, Address pivot, Address evicted_weight,
                Address kept_weight, int dtype, int batch, int heads, int tokens, int kept_size, int evicted_size,
                Address workspace, std::size_t workspace_bytes, Address stream) {
-    const Merge a{rows(key, key_strides, key_width), rows(value, value_strides, value_width),
-                  pointer<const int>(kept), pointer<const int>(evicted), pointer<const int>(pivot),
-                  pointer<const float>(evicted_weight), pointer<const float>(kept_weight),
-                  dtype_of(dtype), batch, heads, tokens, kept_size, evicted_size};
+    const Merge a{rows(key, key_strides, key_width),
+                  rows(value, value_strides, value_width),
+                  pointer<const int>(kept),
+                  pointer<const int>(evicted),
+                  pointer<const int>(pivot),
+                  pointer<const float>(evicted_weight),
+                  pointer<const float>(kept_weight),
+                  dtype_of(dtype),
+                  batch,
+                  heads,
+                  tokens,
+                  kept_size,
+                  evicted_size};
     check(merge(a, pointer<void>(workspace), workspace_bytes, pointer<CUstream_st>(stream)), "merge", shapes(a));
 }
 
 void run_compact(Address key, const Strides &key_strides, int key_width, Address value, const Strides &value_strides,
                  int value_width, Address kept, int dtype, int batch, int heads, int tokens, int kept_size,
                  Address stream) {
-    const Compact a{rows(key, key_strides, key_width), rows(value, value_strides, value_width),
-                    pointer<const int>(kept), dtype_of(dtype), batch, heads, tokens, kept_size};
+    const Compact a{rows(key, key_strides, key_width),
+                    rows(value, value_strides, value_width),
+                    pointer<const int>(kept),
+                    dtype_of(dtype),
+                    batch,
+                    heads,
+                    tokens,
+                    kept_size};
     check(compact(a, pointer<CUstream_st>(stream)), "compact", shapes(a));
 }
 
@@ -97,8 +121,8 @@ py::dict plan_of(int batch, int heads, int kept_size, int evicted_size, int key_
     found["items"] = plan.items;
     found["key_bits"] = plan.key_bits;
     found["tiles"] = plan.tiles;
-    found["offsets"] = py::make_tuple(plan.keys[0], plan.keys[1], plan.places[0], plan.places[1], plan.starts,
-                                      plan.sums, plan.sort);
+    found["offsets"] =
+        py::make_tuple(plan.keys[0], plan.keys[1], plan.places[0], plan.places[1], plan.starts, plan.sums, plan.sort);
     return found;
 }
 
@@ -119,25 +143,25 @@ PYBIND11_MODULE(_C, module) {
                py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("keep"), py::arg("kept_size"),
                py::arg("evicted_size"), py::arg("stream"));
     module.def("merge_workspace", &bytes_for_merge, release(), "Bytes of workspace that merge needs on this device.",
-               py::arg("batch"), py::arg("heads"), py::arg("kept_size"), py::arg("evicted_size"),
-               py::arg("key_width"), py::arg("value_width"));
+               py::arg("batch"), py::arg("heads"), py::arg("kept_size"), py::arg("evicted_size"), py::arg("key_width"),
+               py::arg("value_width"));
     module.def("merge", &run_merge, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
-               py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"),
-               py::arg("value_strides"), py::arg("value_width"), py::arg("kept"), py::arg("evicted"), py::arg("pivot"),
-               py::arg("evicted_weight"), py::arg("kept_weight"), py::arg("dtype"), py::arg("batch"), py::arg("heads"),
-               py::arg("tokens"), py::arg("kept_size"), py::arg("evicted_size"), py::arg("workspace"),
-               py::arg("workspace_bytes"), py::arg("stream"));
+               py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"), py::arg("value_strides"),
+               py::arg("value_width"), py::arg("kept"), py::arg("evicted"), py::arg("pivot"), py::arg("evicted_weight"),
+               py::arg("kept_weight"), py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
+               py::arg("kept_size"), py::arg("evicted_size"), py::arg("workspace"), py::arg("workspace_bytes"),
+               py::arg("stream"));
     module.def("compact", &run_compact, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
-               py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"),
-               py::arg("value_strides"), py::arg("value_width"), py::arg("kept"), py::arg("dtype"), py::arg("batch"),
-               py::arg("heads"), py::arg("tokens"), py::arg("kept_size"), py::arg("stream"));
+               py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"), py::arg("value_strides"),
+               py::arg("value_width"), py::arg("kept"), py::arg("dtype"), py::arg("batch"), py::arg("heads"),
+               py::arg("tokens"), py::arg("kept_size"), py::arg("stream"));
 
     // what the launchers decide on the host, for the tests
     module.def("select_cache_bytes", &select_cache_bytes, py::arg("tokens"), py::arg("limit"));
     module.def("merge_plan", &plan_of, py::arg("batch"), py::arg("heads"), py::arg("kept_size"),
                py::arg("evicted_size"), py::arg("key_width"), py::arg("value_width"));
-    module.def("compact_slab_bytes", &compact_slab_bytes, py::arg("rows"), py::arg("key_bytes"),
-               py::arg("value_bytes"), py::arg("multiprocessors"));
+    module.def("compact_slab_bytes", &compact_slab_bytes, py::arg("rows"), py::arg("key_bytes"), py::arg("value_bytes"),
+               py::arg("multiprocessors"));
     module.def(
         "access_bytes",
         [](Address data, const Strides &strides, int width, int batch, int heads, int tokens, int item) {

@@ -9,7 +9,9 @@
 
 namespace lookm {
 
-__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
+__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t size, std::int64_t block) {
+    return (size + block - 1) / block;
+}
 
 // The shared memory that a launch asks for.
 extern __shared__ uint4 dynamic_memory[];

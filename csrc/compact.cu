@@ -1,4 +1,5 @@
-// Compaction in place: a block walks one (row, head) of keys or values and a slab of its bytes, without a second buffer.
+// Compaction in place: a block walks one (row, head) of keys or values and a slab of its bytes, without a second
+// buffer.
 //
 // Kept indices ascend, so the places that move right (more empty places than tokens skipped) come first and are walked
 // backwards, those that move left come after and are walked forwards: no row is overwritten before it was read. The

@@ -57,14 +57,14 @@ struct Merge {
 };
 // How the evicted tokens of all rows are sorted and cut, and where that lies in the workspace (offsets in bytes).
 struct MergePlan {
-    std::int64_t items;      // B H E tokens to sort
-    int key_bits;            // of a sort key, row (K + 1) + pivot, K instead for "merges nowhere"; 32 at most
-    int tiles;               // whole tiles in the sorted order of one row
-    std::size_t keys[2];     // [items] sort keys, twice
-    std::size_t places[2];   // [items] int32 places in the evicted list of a row, twice
-    std::size_t starts;      // [B H, K + 1] int32 where the run of a pivot begins in the sorted order of its row
-    std::size_t sums;        // [B H, tiles, D + Dv] float32
-    std::size_t sort;        // what CUB needs, the rest of the workspace
+    std::int64_t items;     // B H E tokens to sort
+    int key_bits;           // of a sort key, row (K + 1) + pivot, K instead for "merges nowhere"; 32 at most
+    int tiles;              // whole tiles in the sorted order of one row
+    std::size_t keys[2];    // [items] sort keys, twice
+    std::size_t places[2];  // [items] int32 places in the evicted list of a row, twice
+    std::size_t starts;     // [B H, K + 1] int32 where the run of a pivot begins in the sorted order of its row
+    std::size_t sums;       // [B H, tiles, D + Dv] float32
+    std::size_t sort;       // what CUB needs, the rest of the workspace
 };
 MergePlan merge_plan(int batch, int heads, int kept_size, int evicted_size, int key_width, int value_width);
 // Bytes of the whole workspace on the current device.

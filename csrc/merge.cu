@@ -1,12 +1,13 @@
 // Merging: evicted tokens sorted by pivot, then one warp a pivot, whose members lie side by side in that order.
 //
 // Fixed tiles of the order that lie inside one pivot's run are summed ahead, each by a warp, so a pivot that attracts
-// everything adds tiles, not tokens. Lanes hold neighbouring pieces of a key row and of a value row, and every sum has one fixed order.
+// everything adds tiles, not tokens. Lanes hold neighbouring pieces of a key row and of a value row, and every sum has
+// one fixed order.
 #include <algorithm>
 
-#include <cub/device/device_radix_sort.cuh>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cub/device/device_radix_sort.cuh>
 
 #include "common.cuh"
 
@@ -46,9 +47,9 @@ struct BlockOfRow {
         : row(static_cast<int>(blockIdx.x / blocks)), block(static_cast<int>(blockIdx.x % blocks)) {}
 };
 
-__global__ void __launch_bounds__(kThreads) keys_kernel(const int *evicted, const int *pivot, const float *weight,
-                                                        Key *keys, int *places, int kept_size, int evicted_size,
-                                                        unsigned blocks) {
+__global__ void __launch_bounds__(kThreads)
+    keys_kernel(const int *evicted, const int *pivot, const float *weight, Key *keys, int *places, int kept_size,
+                int evicted_size, unsigned blocks) {
     const BlockOfRow here(blocks);
     const int place = here.block * kThreads + static_cast<int>(threadIdx.x);
     if (place >= evicted_size) return;
@@ -60,8 +61,8 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const int *evicted, cons
 }
 
 // Where the run of every pivot, and of what merges nowhere, begins: a binary search for each.
-__global__ void __launch_bounds__(kThreads) starts_kernel(const Key *keys, int *starts, int kept_size,
-                                                          int evicted_size, unsigned blocks) {
+__global__ void __launch_bounds__(kThreads)
+    starts_kernel(const Key *keys, int *starts, int kept_size, int evicted_size, unsigned blocks) {
     const BlockOfRow here(blocks);
     const int place = here.block * kThreads + static_cast<int>(threadIdx.x);
     if (place > kept_size) return;
@@ -86,9 +87,7 @@ struct Piece {
     std::int64_t stride;
     bool inside;  // whether the rows are that wide
 
-    __device__ Pack<T, COUNT> &at(int token) const {
-        return *reinterpret_cast<Pack<T, COUNT> *>(x + token * stride);
-    }
+    __device__ Pack<T, COUNT> &at(int token) const { return *reinterpret_cast<Pack<T, COUNT> *>(x + token * stride); }
 };
 
 // What the kernels that sum share: the operands, and the pieces that the lanes of a warp hold.
@@ -117,8 +116,8 @@ struct Layer {
         return reinterpret_cast<Pack<float, COUNT> *>(sums) + before + number;
     }
 
-    // Adds weight x of the tokens at places begin to end - 1 of a row's order. Every lane of a warp takes part, also one
-    // whose piece is not inside.
+    // Adds weight x of the tokens at places begin to end - 1 of a row's order. Every lane of a warp takes part, also
+    // one whose piece is not inside.
     __device__ void add(float (&sum)[COUNT], const Piece<T, COUNT> &piece, int row, int begin, int end) const {
         const std::int64_t offset = static_cast<std::int64_t>(row) * evicted_size;
         const int lane = threadIdx.x % kWarp;
@@ -159,8 +158,8 @@ struct Layer {
 
 // One warp a tile, of those that lie inside the run of a pivot.
 template <typename T, int COUNT>
-__global__ void __launch_bounds__(kThreads, kBlocks) tile_kernel(Layer<T, COUNT> layer, const Key *keys, int kept_size,
-                                                                 unsigned blocks) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    tile_kernel(Layer<T, COUNT> layer, const Key *keys, int kept_size, unsigned blocks) {
     const auto [row, block] = BlockOfRow(blocks);
     const int tile = block * kWarps + static_cast<int>(threadIdx.x) / kWarp;
     if (tile >= layer.tiles) return;
@@ -236,15 +235,16 @@ cudaError_t sum_groups(const Merge &a, const MergePlan &plan, void *workspace, c
                        cudaStream_t stream) {
     const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
     const unsigned tile_blocks = ceil_div(plan.tiles, kWarps), merge_blocks = ceil_div(a.kept_size, kWarps);
-    const Layer<T, COUNT> layer{a.key, a.value, order, a.evicted, a.evicted_weight,
-                                in_workspace<float>(workspace, plan.sums), a.heads, a.evicted_size, plan.tiles};
+    const Layer<T, COUNT> layer{a.key,     a.value,          order,
+                                a.evicted, a.evicted_weight, in_workspace<float>(workspace, plan.sums),
+                                a.heads,   a.evicted_size,   plan.tiles};
     const auto *starts = in_workspace<const int>(workspace, plan.starts);
     cudaError_t error = launch(merge_kernel<T, COUNT, false>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept,
                                starts, a.kept_weight, a.kept_size, merge_blocks);
     // without a whole tile no run holds one
     if (error != cudaSuccess || plan.tiles == 0) return error;
-    error = launch(tile_kernel<T, COUNT>, rows * tile_blocks, kThreads, 0, stream, layer, keys, a.kept_size,
-                   tile_blocks);
+    error =
+        launch(tile_kernel<T, COUNT>, rows * tile_blocks, kThreads, 0, stream, layer, keys, a.kept_size, tile_blocks);
     if (error != cudaSuccess) return error;
     return launch(merge_kernel<T, COUNT, true>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept, starts,
                   a.kept_weight, a.kept_size, merge_blocks);
@@ -309,9 +309,9 @@ cudaError_t merge(const Merge &a, void *workspace, std::size_t bytes, cudaStream
                                   in_workspace<int>(workspace, plan.places[1]));
     const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
     const unsigned key_blocks = ceil_div(a.evicted_size, kThreads), start_blocks = a.kept_size / kThreads + 1;
-    cudaError_t error = launch(keys_kernel, rows * key_blocks, kThreads, 0, stream, a.evicted, a.pivot,
-                               a.evicted_weight, keys.Current(), places.Current(), a.kept_size, a.evicted_size,
-                               key_blocks);
+    cudaError_t error =
+        launch(keys_kernel, rows * key_blocks, kThreads, 0, stream, a.evicted, a.pivot, a.evicted_weight,
+               keys.Current(), places.Current(), a.kept_size, a.evicted_size, key_blocks);
     if (error != cudaSuccess) return error;
     std::size_t sort_bytes = bytes - plan.sort;
     error = cub::DeviceRadixSort::SortPairs(in_workspace<void>(workspace, plan.sort), sort_bytes, keys, places,

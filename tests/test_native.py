@@ -139,6 +139,12 @@ def test_how_merging_is_cut(csrc: Emulator, sizes: tuple[int, int, int, int], bi
     assert csrc.module.merge_workspace(*sizes, 128, 80) > offsets[-1]
 
 
+def test_merging_needs_little_memory(csrc: Emulator) -> None:
+    """At most a twentieth of the cache of a layer of 8 heads and 32k tokens, of which a fifth stay."""
+    workspace = csrc.module.merge_workspace(1, 8, 6553, 32768 - 6553, 128, 128)
+    assert 0 < workspace <= 2 * 8 * 32768 * 128 * 2 / 20
+
+
 def test_more_kept_tokens_than_a_sort_key_can_number(csrc: Emulator) -> None:
     with pytest.raises(RuntimeError, match=r"merge's workspace \(B=65536 H=65536 K=1 E=1\): invalid argument"):
         csrc.module.merge_workspace(65536, 65536, 1, 1, 1, 1)

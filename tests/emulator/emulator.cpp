@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, to test them where there is no GPU: csrc/*.cu compiled as ordinary C++.
 //
-// Every thread of a block is a fiber that runs until it waits at a barrier (of the block or of its warp). Those that can
-// run do so in an order drawn from a seed, as do the blocks: where a barrier is missing, some order gives another result.
-// Shared memory is filled with noise before every block, and noise behind what a launch asked for must still be there
-// afterwards. Barriers that some threads never reach end the launch with cudaErrorLaunchFailure.
+// Every thread of a block is a fiber that runs until it waits at a barrier (of the block or of its warp). Those that
+// can run do so in an order drawn from a seed, as do the blocks: where a barrier is missing, some order gives another
+// result. Shared memory is filled with noise before every block, and noise behind what a launch asked for must still be
+// there afterwards. Barriers that some threads never reach end the launch with cudaErrorLaunchFailure.
 #include "cuda_runtime.h"
 
 #include <link.h>
@@ -116,6 +116,7 @@ void prepare(unsigned threads) {
     waiting.clear();
     ready.resize(threads);
     std::iota(ready.begin(), ready.end(), 0u);
+    std::shuffle(ready.begin(), ready.end(), random_order);
     live = threads;
     holding = held = 0;
 }
@@ -140,17 +141,16 @@ int find_shared_memory(dl_phdr_info *info, std::size_t, void *found) {
 bool run_block(std::size_t dynamic_bytes, const SharedMemory &memory) {
     std::memset(memory.begin, kNoise, memory.bytes);
     prepare(blockDim.x);
-    std::vector<unsigned> batch;
+    // in every other block those released last mostly run first, so that a warp may be far ahead of the others
+    const bool newest_first = random_order() % 2;
     while (live > 0) {
         if (ready.empty()) return false;
-        batch.swap(ready);
-        ready.clear();
-        std::shuffle(batch.begin(), batch.end(), random_order);
-        for (const unsigned thread : batch) {
-            current = thread;
-            threadIdx = {thread, 0, 0};
-            resume(fibers[thread]);
-        }
+        const bool newest = newest_first && random_order() % 64;
+        std::swap(ready[newest ? ready.size() - 1 : random_order() % ready.size()], ready.back());
+        current = ready.back();
+        ready.pop_back();
+        threadIdx = {current, 0, 0};
+        resume(fibers[current]);
     }
     const auto *end = reinterpret_cast<unsigned char *>(lookm::dynamic_memory) + sizeof lookm::dynamic_memory;
     const auto *behind = reinterpret_cast<unsigned char *>(lookm::dynamic_memory) + dynamic_bytes;

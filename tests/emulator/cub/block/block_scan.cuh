@@ -9,7 +9,7 @@ enum BlockScanAlgorithm { BLOCK_SCAN_RAKING, BLOCK_SCAN_WARP_SCANS };
 
 template <typename T, int THREADS, BlockScanAlgorithm ALGORITHM = BLOCK_SCAN_RAKING>
 class BlockScan {
-public:
+  public:
     struct TempStorage {
         T warps[THREADS / 32];
     };
@@ -21,11 +21,9 @@ public:
         scan(input, output, initial, add);
     }
     void ExclusiveSum(T input, T &output) { scan(input, output, T{}, std::plus<T>()); }
-    void ExclusiveSum(T input, T &output, T &total) {
-        total = scan(input, output, T{}, std::plus<T>());
-    }
+    void ExclusiveSum(T input, T &output, T &total) { total = scan(input, output, T{}, std::plus<T>()); }
 
-private:
+  private:
     // Returns the sum of all.
     template <typename Operator>
     T scan(T input, T &output, T initial, Operator add) {

@@ -33,8 +33,8 @@ struct DeviceRadixSort {
         }
         if (bytes < kStorage) return cudaErrorInvalidValue;
         std::memset(storage, 0xaa, bytes);
-        const Key mask = end_bit - begin_bit >= static_cast<int>(8 * sizeof(Key)) ? ~Key{0}
-                                                                                  : (Key{1} << (end_bit - begin_bit)) - 1;
+        const Key mask =
+            end_bit - begin_bit >= static_cast<int>(8 * sizeof(Key)) ? ~Key{0} : (Key{1} << (end_bit - begin_bit)) - 1;
         std::vector<Count> order(items);
         for (Count item = 0; item < items; ++item) order[item] = item;
         const Key *sorted_by = keys.Current();
