@@ -8,6 +8,7 @@ OLDEST := .venv-oldest
 OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch fp8 autotune)
 
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
+CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))
 
 .PHONY: demo test test-oldest test-install lint format bench gpu wheel clean help
 
@@ -40,12 +41,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.ready
 	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks/bench_reference.py
@@ -67,7 +68,7 @@ clean:
 define new_environment
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed for development, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(1)
-	# with nvcc, the extension for one architecture: all take minutes, and newer GPUs run this one's PTX
+	# with nvcc, the extension for one architecture, which is quicker; newer GPUs run its PTX
 	LOOKM_CUDA_ARCHS=$${LOOKM_CUDA_ARCHS:-80} $(1)/bin/python -m pip install --upgrade --progress-bar on --constraint $(2) --editable ".[dev,bench]"
 	@touch $(1)/.ready
 endef

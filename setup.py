@@ -130,7 +130,7 @@ def cmake_command(nvcc: str, archs: list[str], folder: Path) -> list[str]:
     """What configures the build; exits with what to install when something is missing."""
     try:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        import pybind11
+        import pybind11  # noqa: F401  (CMake asks this Python for it)
     except (LookupError, ImportError) as error:
         sys.exit(f"{error}: pip install cmake ninja pybind11, leave out --no-build-isolation, {WITHOUT}.")
     given = shlex.split(os.environ.get("CXX", ""))[:1]
@@ -143,9 +143,8 @@ def cmake_command(nvcc: str, archs: list[str], folder: Path) -> list[str]:
     architectures = ";".join([f"{arch}-real" for arch in archs[:-1]] + archs[-1:])
     return [
         *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-        # an isolated build has these in a folder of its own, which is gone the next time
+        # that of an isolated build is gone the next time
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
         f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,13 @@ from bench_reference import processor
 ROOT = Path(__file__).parent.parent
 
 
-def seconds(command: list[str], **variables: str) -> float:
-    """Wall time of a command that must succeed."""
-    start = time.perf_counter()
+def timed(command: list[str], **variables: str) -> dict[str, float]:
+    """Wall time and processor time of a command that must succeed; the second hardly depends on what else runs."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | variables)
-    return round(time.perf_counter() - start, 1)
+    spent, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": round(spent, 1), "processor_s": round(busy, 1)}
 
 
 def load_setup() -> Any:
@@ -43,8 +46,8 @@ def measure_build(setup: Any, nvcc: str, archs: list[str]) -> dict[str, Any]:
         configure = setup.cmake_command(nvcc, archs, Path(folder))
         return {
             "archs": archs,
-            "configure_s": seconds(configure),
-            "compile_s": seconds([configure[0], "--build", folder]),
+            "configure": timed(configure),
+            "compile": timed([configure[0], "--build", folder]),
             "bytes": next(Path(folder).glob("_C.*")).stat().st_size,
         }
 
@@ -53,11 +56,11 @@ def measure_wheel(mode: str) -> dict[str, Any]:
     """The wheel from an sdist, as pip would build it where the build tools are installed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, str(ROOT)]
-        spent = seconds(command, LOOKM_BUILD_CUDA=mode)
+        spent = timed(command, LOOKM_BUILD_CUDA=mode)
         (wheel,) = Path(folder).glob("*.whl")
         (sdist,) = Path(folder).glob("*.tar.gz")
         tag = wheel.stem.split("-", 2)[2]
-        return {"tag": tag, "build_s": spent, "bytes": wheel.stat().st_size, "sdist_bytes": sdist.stat().st_size}
+        return {"tag": tag, "build": spent, "bytes": wheel.stat().st_size, "sdist_bytes": sdist.stat().st_size}
 
 
 def main() -> None:

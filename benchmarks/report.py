@@ -103,6 +103,28 @@ def cost() -> str:
     return text + "\n\n" + markdown(["", "time", "peak memory beyond the inputs"], rows)
 
 
+def build() -> str:
+    """Time and size of the CUDA extension, then of the wheels."""
+    result = json.loads((RESULTS.parent / "build.json").read_text())
+    rows = [
+        [
+            f"sm_{entry['archs'][0]}" if len(entry["archs"]) == 1 else f"these {len(entry['archs'])} together",
+            f"{entry['configure']['wall_s']:.0f} s",
+            f"{entry['compile']['wall_s']:.0f} s",
+            f"{entry['compile']['processor_s']:.0f} s",
+            format_bytes(entry["bytes"]),
+        ]
+        for entry in result["builds"]
+    ]
+    without, included = (format_bytes(wheel["bytes"]) for wheel in result["wheels"])
+    text = (
+        f"The extension, built by nvcc {result['cuda']} on {result['threads']} threads of an {result['cpu']} processor "
+        f"at a load average of {result['load_average']:.1f} (`python benchmarks/build_times.py`); a wheel is "
+        f"{included} with all of it and {without} without:"
+    )
+    return text + "\n\n" + markdown(["", "configure", "compile", "processor time", "size"], rows)
+
+
 def targets() -> str:
     """Targets of a GPU, then those of a processor."""
     result = read("reference.json")
@@ -158,7 +180,7 @@ def scoring() -> str:
 SECTIONS = {
     "benchmarks/README.md": {"targets": targets, "measured": measured},
     "benchmarks/NOTES.md": {"floors": floors, "disassembly": disassembly},
-    "README.md": {"demo": demo, "families": families, "policies": policies, "cost": cost},
+    "README.md": {"build": build, "demo": demo, "families": families, "policies": policies, "cost": cost},
     "benchmarks/quality/README.md": {"training": training, "scoring": scoring},
 }
 

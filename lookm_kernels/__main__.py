@@ -23,8 +23,8 @@ def main() -> None:
     rows["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     try:
         rows["CUDA extension"] = f"built for {built_for()}"
-    except LookupError as reason:
-        rows["CUDA extension"] = f"not built: {reason}"
+    except LookupError as error:
+        rows["CUDA extension"] = f"not built: {error}"
     for backend in BACKENDS:
         reason = why_missing(backend)
         rows[f"backend {backend}"] = "available" if reason is None else f"missing: {reason}"

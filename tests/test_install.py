@@ -89,7 +89,7 @@ def assert_built(environment: Environment, folder: Path) -> None:
 def assert_not_built(environment: Environment, reason: str) -> None:
     rows = environment.rows()
     assert rows["CUDA extension"] == reason
-    assert rows["backend cuda"] == f"missing: the extension was {reason}"
+    assert rows["backend cuda"] == f"missing: the CUDA extension was {reason}"
     assert rows["backend reference"] == "available"
 
 
