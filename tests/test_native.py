@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lookm_kernels import _native, compact_, merge_, nearest_kept, select_tokens, use_backend
 from lookm_kernels._dispatch import why_missing
+from lookm_kernels.cuda import compact, merge, select
 
 SEEDS = range(6)
 OPS = ("select_tokens", "merge_", "compact_")
@@ -225,6 +226,21 @@ def test_the_backend_is_there_with_its_ops_only(csrc: Emulator) -> None:
         for op in OPS:
             with pytest.raises(RuntimeError, match="invalid argument"):
                 call(op, given[op])
+
+
+def test_the_launchers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without memory, of which whatever reads one raises an error."""
+    calls: list[str] = []
+    monkeypatch.setattr(_native, "call", lambda launcher, *arguments: calls.append(launcher) or 1024)
+    key, value = (torch.empty(2, 8, 4096, width, dtype=torch.bfloat16, device="meta") for width in (128, 80))
+    tier = torch.empty(2, 4096, dtype=torch.int32, device="meta")
+    kept, evicted = select.select_tokens(torch.empty(2, 8, 4096, device="meta"), tier, [800, 500])
+    weights = (torch.empty(indices.shape, device="meta") for indices in (evicted, kept))
+    merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights)
+    compact.compact_(key, value, kept)
+    assert calls == ["select", "merge_workspace", "merge", "compact"]
+    assert kept.shape == (2, 8, 800)
+    assert evicted.shape == (2, 8, 4096 - 500)
 
 
 @pytest.mark.usefixtures("csrc")

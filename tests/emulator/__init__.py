@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,8 @@ class Emulator:
 
 def why_not_built() -> str | None:
     """None when csrc/ can be compiled here, else the reason why it cannot."""
+    if sys.platform != "linux":
+        return "the emulator of csrc/ finds shared memory on Linux only"
     if shutil.which("g++") is None:
         return "the emulator of csrc/ needs g++"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
