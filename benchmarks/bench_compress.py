@@ -15,6 +15,7 @@ import torch
 import transformers
 import work
 from pytest_benchmark.fixture import BenchmarkFixture
+from timing import OURS
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -25,7 +26,7 @@ WIDTH = 32 if timing.SMALL else 128
 # batch, heads, tokens
 SHAPES = [(1, 8, 32 << 10), (1, 32, 32 << 10), (1, 8, 128 << 10), (8, 8, 32 << 10)]
 SMALL_SHAPES = [(2, 4, 300)]
-OURS, DYNAMIC = "lookm-kernels", "DynamicCache"
+DYNAMIC = "DynamicCache"
 COMPRESS, PREFILL = "compress_", "prefill"
 
 TOKENS, PERIOD, TEXT = (256, 64, 4) if timing.SMALL else (32 << 10, 1 << 10, 64)

@@ -14,6 +14,7 @@ import timing
 import torch
 import work
 from pytest_benchmark.fixture import BenchmarkFixture
+from timing import CUDA, OURS
 from torch import Tensor
 
 import lookm_kernels
@@ -23,7 +24,7 @@ WIDTH = 32 if timing.SMALL else 128
 SHAPES = [(1, heads, tokens << 10) for heads in (8, 32) for tokens in (4, 16, 32, 128)] + [(8, 8, 32 << 10)]
 SMALL_SHAPES = [(1, 2, 300), (2, 4, 200)]
 TARGET = SMALL_SHAPES[0] if timing.SMALL else (1, 8, 32 << 10)
-OURS, TORCH = "lookm-kernels", "plain torch"
+TORCH = "plain torch"
 EVEN, HUB = "nearest + merge + compact", "nearest + merge + compact, one hub"
 # elements of one block of cosines in plain torch
 BLOCK = 1 << 28
@@ -82,7 +83,11 @@ def merged_in_torch(layer: Layer) -> Tensor:
     return pivot.int()
 
 
-APPROACHES: dict[str, Callable[[Layer], Tensor]] = {OURS: merged, TORCH: merged_in_torch}
+APPROACHES: dict[str, Callable[[Layer], Tensor]] = {
+    OURS: merged,
+    CUDA: timing.in_cuda(merged),
+    TORCH: merged_in_torch,
+}
 
 
 def copied(layer: Layer) -> Layer:
@@ -139,6 +144,10 @@ def restored(originals: list[Layer], used: list[Layer]) -> Callable[[], None]:
 def test_merge(
     benchmark: BenchmarkFixture, record: timing.Record, shape: tuple[int, int, int], what: str, by: str
 ) -> None:
+    reason = timing.why_no_cuda(by)
+    if reason is not None:
+        record.missing(what, by, sizes(shape), reason)
+        pytest.skip(reason)
     hub = what == HUB
     check(by, hub)
     originals, used = layers(shape, hub)
@@ -170,13 +179,21 @@ def parts(layer: Layer) -> dict[str, tuple[work.Work, Callable[[], object]]]:
     }
 
 
-@pytest.mark.parametrize("part", ["nearest", "weights", "merge", "compact"])
+PARTS = [*((part, OURS) for part in ("nearest", "weights", "merge", "compact")), ("merge", CUDA), ("compact", CUDA)]
+
+
+@pytest.mark.parametrize(("part", "by"), PARTS)
 @pytest.mark.benchmark(timer=timing.device_clock)
-def test_part(benchmark: BenchmarkFixture, record: timing.Record, part: str) -> None:
+def test_part(benchmark: BenchmarkFixture, record: timing.Record, part: str, by: str) -> None:
+    reason = timing.why_no_cuda(by)
+    if reason is not None:
+        record.missing(part, by, sizes(TARGET), reason)
+        pytest.skip(reason)
     originals, used = layers(TARGET)
     each = [parts(layer)[part] for layer in used]
-    measured = timing.measure(benchmark, [call for _, call in each], restored(originals, used))
-    record.add(benchmark, part, OURS, sizes(TARGET), each[0][0], measured)
+    calls = [timing.in_cuda(call) if by == CUDA else call for _, call in each]
+    measured = timing.measure(benchmark, calls, restored(originals, used))
+    record.add(benchmark, part, by, sizes(TARGET), each[0][0], measured)
 
 
 def test_targets(record: timing.Record) -> None:
@@ -185,4 +202,7 @@ def test_targets(record: timing.Record) -> None:
     record.target("merge_time", timing.ratio(even, 1e-3))
     record.target("merge_memory", timing.ratio(record.value(EVEN, OURS, shape, "peak_extra_share"), 0.01))
     record.target("merge_hub", timing.ratio(hub, even))
-    record.check_targets(*([] if timing.ON_GPU else ["merge_memory"]))
+    for part in ("merge", "compact"):
+        record.target(f"{part}_cuda", timing.ratio(*(record.value(part, by, shape) for by in (OURS, CUDA))))
+    excused = [] if timing.ON_GPU else ["merge_memory"]
+    record.check_targets(*excused, *([] if timing.why_no_cuda(CUDA) is None else ["merge_cuda", "compact_cuda"]))

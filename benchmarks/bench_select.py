@@ -13,6 +13,7 @@ import timing
 import torch
 import work
 from pytest_benchmark.fixture import BenchmarkFixture
+from timing import CUDA, OURS
 from torch import Tensor
 
 import lookm_kernels
@@ -22,9 +23,10 @@ SHAPES = [(batch, heads, tokens << 10) for tokens in (4, 32, 128) for batch, hea
 SMALL_SHAPES = [(1, 2, 300), (2, 4, 500)]
 TARGET = SMALL_SHAPES[0] if timing.SMALL else (4, 8, 32 << 10)
 WHAT = "select"
-OURS, TOPK, SORT = "lookm-kernels", "torch.topk + sort", "torch.sort"
+TOPK, SORT = "torch.topk + sort", "torch.sort"
 VARIANTS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
-    OURS: lambda scores, tier, keep: lookm_kernels.select_tokens(scores, tier, keep)[0],
+    OURS: lookm_kernels.select_tokens,
+    CUDA: timing.in_cuda(lookm_kernels.select_tokens),
     TOPK: lambda scores, tier, keep: scores.topk(keep, sorted=False).indices.sort().values,
     SORT: lambda scores, tier, keep: scores.sort(descending=True).indices[..., :keep],
 }
@@ -49,8 +51,8 @@ def sizes(shape: tuple[int, int, int]) -> dict[str, int]:
 def check(by: str) -> None:
     """Ours against the reference; the peers against ours where all tokens are images."""
     scores, tier = random_scores(3, 2, 1000), random_tiers(3, 1000)
-    if by == OURS:
-        kept, evicted = lookm_kernels.select_tokens(scores, tier, 200)
+    if by in (OURS, CUDA):
+        kept, evicted = VARIANTS[by](scores, tier, 200)
         with lookm_kernels.use_backend("reference"):
             expected = lookm_kernels.select_tokens(scores, tier, 200)
         assert torch.equal(kept, expected[0])
@@ -65,6 +67,10 @@ def check(by: str) -> None:
 @pytest.mark.parametrize("shape", SMALL_SHAPES if timing.SMALL else SHAPES, ids=str)
 @pytest.mark.benchmark(timer=timing.device_clock)
 def test_select(benchmark: BenchmarkFixture, record: timing.Record, shape: tuple[int, int, int], by: str) -> None:
+    reason = timing.why_no_cuda(by)
+    if reason is not None:
+        record.missing(WHAT, by, sizes(shape), reason)
+        pytest.skip(reason)
     check(by)
     batch, heads, tokens = shape
     keep = tokens // 5
@@ -76,7 +82,8 @@ def test_select(benchmark: BenchmarkFixture, record: timing.Record, shape: tuple
 
 
 def test_targets(record: timing.Record) -> None:
-    ours, peer = (record.value(WHAT, by, sizes(TARGET)) for by in (OURS, TOPK))
+    ours, cuda, peer = (record.value(WHAT, by, sizes(TARGET)) for by in (OURS, CUDA, TOPK))
     record.target("select_time", timing.ratio(ours, 1e-6))
     record.target("select_topk", timing.ratio(peer, ours))
-    record.check_targets()
+    record.target("select_cuda", timing.ratio(ours, cuda))
+    record.check_targets(*([] if timing.why_no_cuda(CUDA) is None else ["select_cuda"]))

@@ -1,10 +1,12 @@
-"""Every op of the Triton backend once on tiny inputs, for compute-sanitizer: python benchmarks/every_op.py
+"""Every op of a backend once on tiny inputs, for compute-sanitizer: python benchmarks/every_op.py triton|cuda
 
 Rows of different valid length, grouped heads, a mask and odd sizes, so that every branch of a kernel runs; results are
 compared with the reference on the host, where the inputs are drawn too: what a kernel reads was written by a copy.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -50,11 +52,11 @@ def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def main() -> None:
-    """Both backends on the same inputs; an error where they differ."""
+    """The backend and the reference on the same inputs; an error where they differ."""
     for op in (scores, compression):
         for dtype in LIMITS:
             results = []
-            for backend, device in (("triton", DEVICE), ("reference", "cpu")):
+            for backend, device in ((sys.argv[1], DEVICE), ("reference", "cpu")):
                 torch.manual_seed(0)
                 with lookm_kernels.use_backend(backend):
                     results.append([result.cpu().double() for result in op(dtype, device)])

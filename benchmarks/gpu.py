@@ -1,6 +1,7 @@
 """Everything a GPU is needed for, in under nine minutes: python benchmarks/gpu.py FOLDER (what `make gpu` runs)
 
-Tests, benchmarks, then every op under compute-sanitizer. Every step has a time limit, and all together have one; a step
+The CUDA extension for this GPU is built in the checkout, then come tests, benchmarks, and every op under
+compute-sanitizer. Every step has a time limit, and all together have one; a step
 that fails does not stop the others; the exit status says whether any did. FOLDER receives gpu.json (the steps), gpu.log
 (all they print), gpu-tests.xml and one JSON file a benchmark. Wheels in wheels/ are unpacked for the run first, without
 network.
@@ -28,9 +29,14 @@ ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "gpu-site"
 TOTAL = 530
 BENCHMARKS = {"scores": 110, "select": 45, "merge": 80, "compress": 130}
-SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
-# torch's own kernels have mangled C++ names; initcheck must see what they write
-ONLY_TRITON = ["--kernel-name-exclude", "kns=_Z"]
+# Triton knows no barriers that could diverge
+SANITIZED = [
+    *((tool, backend) for tool in ("memcheck", "racecheck") for backend in ("triton", "cuda")),
+    ("synccheck", "cuda"),
+    *(("initcheck", backend) for backend in ("triton", "cuda")),
+]
+# torch's own kernels have mangled C++ names, those of csrc/ a namespace of their own
+KERNELS = {"triton": ["--kernel-name-exclude", "kns=_Z"], "cuda": ["--kernel-name", "kns=5lookm"]}
 # memory of the caching allocator looks allocated, and written, past the end of a tensor
 NO_CACHING = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 FINDINGS = 86
@@ -55,17 +61,20 @@ def steps(folder: Path) -> list[Step]:
     workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     tests = Step("tests", [*pytest, *workers, "-m", "gpu", f"--junitxml={folder / 'gpu-tests.xml'}"], 180)
     every_op = [sys.executable, str(ROOT / "benchmarks" / "every_op.py")]
-    found = [tests]
+    capability = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else ""
+    extension = {"LOOKM_BUILD_CUDA": "1", "LOOKM_CUDA_ARCHS": capability}
+    found = [Step("extension", [sys.executable, "setup.py", "build_ext", "--inplace"], 100, extension), tests]
     for name, limit in BENCHMARKS.items():
         command = [*pytest, f"benchmarks/bench_{name}.py", "--benchmark-disable-gc"]
         found.append(Step(name, command, limit, {"LOOKM_BENCH_RESULTS": str(folder)}))
-    found.append(Step("every_op", every_op, 60))
+    found += [Step(f"every_op {backend}", [*every_op, backend], 60) for backend in KERNELS]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     missing = None if sanitizer else "compute-sanitizer is not on this machine"
-    for tool in SANITIZER_TOOLS:
-        kernels = [] if tool == "initcheck" else ONLY_TRITON
-        command = [sanitizer or "", "--tool", tool, "--error-exitcode", str(FINDINGS), *kernels, *every_op]
-        found.append(Step(tool, command, 60, NO_CACHING, missing))
+    for tool, backend in SANITIZED:
+        # initcheck must see what torch's kernels write
+        kernels = [] if tool == "initcheck" else KERNELS[backend]
+        command = [sanitizer or "", "--tool", tool, "--error-exitcode", str(FINDINGS), *kernels, *every_op, backend]
+        found.append(Step(f"{tool} {backend}", command, 60, NO_CACHING, missing))
     return found
 
 

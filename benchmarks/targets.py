@@ -34,12 +34,16 @@ class Target(NamedTuple):
 SCORES = "scores, 32 query and 8 KV heads, 32k x 32k, causal"
 MERGE = "nearest + merge + compact, 32k, 20 %, 8 heads"
 PREFILL = "compression of all layers in a 32k prefill shaped like Qwen2.5-VL-7B, added time as a share of the prefill"
+IN_CUDA = "in CUDA C++, at the target's shape: faster than Triton, or it need not stay"
 GPU_TARGETS = {
     "scores_rate": Target("scores", f"{SCORES}, LSE given: rate", False, 450, " TFLOP/s"),
     "scores_sdpa": Target("scores", f"{SCORES}, LSE given: time over SDPA flash forward", True, 0.55, ""),
     "scores_colreduce": Target("scores", f"{SCORES}, without LSE: faster than flash-colreduce", False, 2, "x"),
     "select_time": Target("select", "select, 32 rows of 32k, 20 %: time", True, 40, " us"),
     "select_topk": Target("select", "select, 32 rows of 32k, 20 %: faster than torch.topk + sort", False, 5, "x"),
+    "select_cuda": Target("select", f"select {IN_CUDA}", False, 1.15, "x"),
+    "merge_cuda": Target("merge", f"merge {IN_CUDA}", False, 1.15, "x"),
+    "compact_cuda": Target("merge", f"compact {IN_CUDA}", False, 1.15, "x"),
     "merge_time": Target("merge", f"{MERGE}: time", True, 1.5, " ms"),
     "merge_memory": Target("merge", f"{MERGE}: peak extra memory over the layer's KV", True, 10, " %"),
     "merge_hub": Target("merge", f"{MERGE}: time when all tokens merge into one, over the even case", True, 2, "x"),

@@ -41,6 +41,8 @@ SECONDS_A_ROW = 0.3
 ROUNDS = (3, 50) if ON_GPU else (2, 2)
 MOST_SETS = 1024
 Call = Callable[[], Any]
+# how rows are named: by the backend that runs by default, and by the ops written in CUDA C++
+OURS, CUDA = "lookm-kernels", "lookm-kernels, CUDA C++"
 
 _worked = 0.0
 
@@ -133,6 +135,21 @@ def peak_extra_bytes(call: Call) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def in_cuda(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call with the ops that are written in CUDA C++ on that backend."""
+
+    def run(*arguments: Any) -> Any:
+        with lookm_kernels.use_backend("cuda"):
+            return call(*arguments)
+
+    return run
+
+
+def why_no_cuda(by: str) -> str | None:
+    """Why a row by CUDA C++ cannot be timed here; None for the others."""
+    return why_missing("cuda") if by == CUDA else None
 
 
 def why_no_float8() -> str | None:

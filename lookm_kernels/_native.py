@@ -42,16 +42,12 @@ def device_type() -> str:
     return str(_extension().device_type)
 
 
-def call(launcher: str, device: torch.device, *arguments: Any) -> Any:
-    """Run a launcher of csrc/bindings.cpp on a device; the stream, where it takes one, is the last of its arguments.
+def call(launcher: str, *arguments: Any) -> Any:
+    """Run a launcher of csrc/bindings.cpp on the current device; a stream is the last of its arguments.
 
     RuntimeError with the kernel, the shapes and CUDA's message when the launch fails.
     """
-    function = getattr(_extension(), launcher)
-    if device.type != "cuda":
-        return function(*arguments)
-    with torch.cuda.device(device):
-        return function(*arguments)
+    return getattr(_extension(), launcher)(*arguments)
 
 
 def stream(device: torch.device) -> int:

@@ -93,7 +93,7 @@ def test_a_target_includes_its_limit(at_most: bool, met: tuple[bool, ...]) -> No
 
 
 def test_targets_of_the_design_are_all_there() -> None:
-    assert len(GPU_TARGETS) == 11
+    assert len(GPU_TARGETS) == 14
     assert {target.benchmark for target in GPU_TARGETS.values()} == set(gpu.BENCHMARKS)
     assert set(CPU_TARGETS) <= set(report.read("reference.json"))
 
@@ -286,7 +286,9 @@ def test_no_step_starts_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.
 
 def test_steps_are_there_and_leave_few_files(tmp_path: Path) -> None:
     planned = gpu.steps(tmp_path)
-    assert [step.name for step in planned] == ["tests", *gpu.BENCHMARKS, "every_op", *gpu.SANITIZER_TOOLS]
+    every_op = [f"every_op {backend}" for backend in gpu.KERNELS]
+    sanitized = [f"{tool} {backend}" for tool, backend in gpu.SANITIZED]
+    assert [step.name for step in planned] == ["extension", "tests", *gpu.BENCHMARKS, *every_op, *sanitized]
     assert gpu.TOTAL < 9 * 60
     assert len({"gpu.json", "gpu.log", "gpu-tests.xml"} | {f"{name}.json" for name in gpu.BENCHMARKS}) <= 8
     for step in planned:

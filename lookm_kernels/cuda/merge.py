@@ -23,11 +23,11 @@ def merge_(
     if kept_size == 0:
         return
     sizes = batch, heads, kept_size, evicted_size, width, value.shape[3]
-    workspace_bytes = _native.call("merge_workspace", key.device, *sizes)
+    workspace_bytes = _native.call("merge_workspace", *sizes)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=key.device)
     lists = [x.contiguous() for x in (kept, evicted, pivot, evicted_weight, kept_weight)]
     _native.call(
-        "merge", key.device, *_native.rows(key), *_native.rows(value), *(x.data_ptr() for x in lists),
+        "merge", *_native.rows(key), *_native.rows(value), *(x.data_ptr() for x in lists),
         _native.DTYPES[key.dtype], batch, heads, tokens, kept_size, evicted_size, workspace.data_ptr(), workspace_bytes,
         _native.stream(key.device),
     )  # fmt: skip

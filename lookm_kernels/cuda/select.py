@@ -21,7 +21,7 @@ def select_tokens(scores: Tensor, tier: Tensor, keep: list[int]) -> tuple[Tensor
             keeps[row].fill_(number)
     scores, tier = scores.contiguous(), tier.contiguous()
     _native.call(
-        "select", scores.device, scores.data_ptr(), tier.data_ptr(), 0 if keeps is None else keeps.data_ptr(),
+        "select", scores.data_ptr(), tier.data_ptr(), 0 if keeps is None else keeps.data_ptr(),
         kept.data_ptr(), evicted.data_ptr(), batch, heads, tokens, keep[0], kept.shape[2], evicted.shape[2],
         _native.stream(scores.device),
     )  # fmt: skip
