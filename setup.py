@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 ARCHS = ("80", "86", "89", "90", "100", "120")
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 OLDEST = {"cmake": (3, 24), "ninja": (1, 10)}
+OLDEST_CUDA = (11, 8)  # has the launch with attributes that csrc/ uses
 WITHOUT = "or set LOOKM_BUILD_CUDA=0 to install without the CUDA extension"
 
 
@@ -88,12 +89,20 @@ def plan() -> tuple[str | None, dict[str, Any]]:
         if mode == "auto" and sys.platform != "linux":
             raise LookupError("it was tried on Linux only; LOOKM_BUILD_CUDA=1 builds it elsewhere")
         nvcc = find_nvcc()
+        release = cuda_release(nvcc)
     except LookupError as reason:
         if mode == "1":
             sys.exit(f"LOOKM_BUILD_CUDA=1, but {reason}. Install the CUDA toolkit or point CUDA_HOME to it, {WITHOUT}.")
         return None, {"archs": [], "reason": str(reason)}
+    return nvcc, {"archs": chosen_archs(nvcc), "cuda": release}
+
+
+def cuda_release(nvcc: str) -> str:
+    """The version of a CUDA compiler; LookupError where it is too old."""
     release = re.search(r"release ([\d.]+)", output(nvcc, "--version"))
-    return nvcc, {"archs": chosen_archs(nvcc), "cuda": release[1] if release else "unknown"}
+    if release and tuple(map(int, release[1].split("."))) < OLDEST_CUDA:
+        raise LookupError(f"{nvcc} is of CUDA {release[1]}, {dotted(OLDEST_CUDA)} or newer is needed")
+    return release[1] if release else "unknown"
 
 
 def find_tool(name: str) -> str:
@@ -197,7 +206,7 @@ class BuildPython(build_py):
         super().run()
         if not self.distribution.ext_modules:
             package = ROOT / "lookm_kernels" if self.editable_mode else Path(self.build_lib, "lookm_kernels")
-            for old in package.glob("_C.*"):
+            for old in package.glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"):
                 old.unlink()
             (package / "_build.json").write_text(json.dumps(plan()[1]) + "\n")
 

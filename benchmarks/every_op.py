@@ -51,9 +51,26 @@ def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
     return results
 
 
+def lists(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Odd widths, rows too long for shared memory, and a pivot that attracts hundreds: selection, merge, compaction."""
+    results = []
+    for tokens in (301, 60001):
+        attention, tier = torch.randn(1, 1, tokens), torch.randint(0, 4, (1, tokens), dtype=torch.int32)
+        results += lookm_kernels.select_tokens(attention.to(device), tier.to(device), tokens // 5)
+    key, value = (torch.randn(1, 2, 601, width).to(device, dtype) for width in (37, 70))
+    tier = torch.ones(1, 601, dtype=torch.int32).to(device)
+    kept, evicted = lookm_kernels.select_tokens(torch.randn(1, 2, 601).to(device), tier, 60)
+    pivot = torch.randint(0, 60, evicted.shape, dtype=torch.int32).to(device)
+    pivot[..., 20:500] = 7
+    weights = torch.rand(evicted.shape).to(device), torch.rand(kept.shape).to(device)
+    lookm_kernels.merge_(key, value, kept, evicted, pivot, *weights)
+    lookm_kernels.compact_(key, value, kept)
+    return [*results, key[:, :, :60], value[:, :, :60]]
+
+
 def main() -> None:
     """The backend and the reference on the same inputs; an error where they differ."""
-    for op in (scores, compression):
+    for op in (scores, compression, lists):
         for dtype in LIMITS:
             results = []
             for backend, device in ((sys.argv[1], DEVICE), ("reference", "cpu")):

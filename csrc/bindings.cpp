@@ -28,6 +28,8 @@ Rows rows(Address data, const Strides &strides, int width) {
 // RuntimeError with the kernel, the shapes and CUDA's message.
 void check(cudaError_t error, const char *kernel, const std::string &shapes) {
     if (error == cudaSuccess) return;
+    // or CUB would find it after its next launch
+    cudaGetLastError();
     throw std::runtime_error(std::string(kernel) + " (" + shapes + "): " + cudaGetErrorString(error) + " [" +
                              cudaGetErrorName(error) + "]");
 }
@@ -155,6 +157,10 @@ PYBIND11_MODULE(_C, module) {
                py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"), py::arg("value_strides"),
                py::arg("value_width"), py::arg("kept"), py::arg("dtype"), py::arg("batch"), py::arg("heads"),
                py::arg("tokens"), py::arg("kept_size"), py::arg("stream"));
+
+    module.def(
+        "can_run", [] { check(can_run(), "kernels", "on the current device"); }, release(),
+        "RuntimeError where the driver does not take these kernels, or none is for the current device.");
 
     // what the launchers decide on the host, for the tests
     module.def("select_cache_bytes", &select_cache_bytes, py::arg("tokens"), py::arg("limit"));

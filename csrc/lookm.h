@@ -45,6 +45,8 @@ struct Select {
 // small for them, and the kernel reads them from global memory again and again.
 std::size_t select_cache_bytes(int tokens, std::size_t limit);
 cudaError_t select_tokens(const Select &arguments, cudaStream_t stream);
+// Whether the driver takes these kernels, and there are some for the current device.
+cudaError_t can_run();
 
 // merge.cu: evicted keys and values fold into their pivots, in place.
 struct Merge {

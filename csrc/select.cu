@@ -248,11 +248,14 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(Select a) {
 }
 
 template <bool VECTORS, bool CACHED>
-cudaError_t launch_select(const Select &a, std::size_t cache_bytes, cudaStream_t stream) {
+cudaError_t launch_select(const Select &a, std::size_t cache_bytes, std::size_t limit, cudaStream_t stream) {
     const auto kernel = select_kernel<VECTORS, CACHED>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(cache_bytes));
-    if (error != cudaSuccess) return error;
+    if (CACHED) {
+        // the same for every launch: another thread may be about to launch with another size
+        const int most = static_cast<int>(limit - sizeof(Shared));
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        if (error != cudaSuccess) return error;
+    }
     return launch(kernel, static_cast<std::int64_t>(a.batch) * a.heads, kThreads, cache_bytes, stream, a);
 }
 
@@ -272,8 +275,17 @@ cudaError_t select_tokens(const Select &a, cudaStream_t stream) {
     const std::size_t cache = select_cache_bytes(a.tokens, limit);
     const auto address = reinterpret_cast<std::uintptr_t>(a.scores) | reinterpret_cast<std::uintptr_t>(a.tier);
     const bool vectors = a.tokens % 4 == 0 && address % 16 == 0;
-    if (vectors) return cache ? launch_select<true, true>(a, cache, stream) : launch_select<true, false>(a, 0, stream);
-    return cache ? launch_select<false, true>(a, cache, stream) : launch_select<false, false>(a, 0, stream);
+    if (vectors) {
+        return cache ? launch_select<true, true>(a, cache, limit, stream)
+                     : launch_select<true, false>(a, 0, limit, stream);
+    }
+    return cache ? launch_select<false, true>(a, cache, limit, stream)
+                 : launch_select<false, false>(a, 0, limit, stream);
+}
+
+cudaError_t can_run() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, select_kernel<true, true>);
 }
 
 }  // namespace lookm

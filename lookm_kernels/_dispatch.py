@@ -35,7 +35,7 @@ def why_missing(backend: str) -> str | None:
             return reason
         if torch.version.hip is not None:
             return "the GPU is not NVIDIA's"
-        return _why_no_gpu()
+        return _why_no_gpu() or _native.why_not_on(torch.cuda.current_device())
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"

@@ -22,7 +22,7 @@ def load() -> ModuleType | str:
     """The extension, or why there is none. Needs neither a driver nor a GPU."""
     if importlib.util.find_spec("lookm_kernels._C") is None:
         try:
-            return f"the CUDA extension for {built_for()} was removed after it was built"
+            return f"the CUDA extension for {built_for()} is not there for this Python"
         except LookupError as reason:
             return f"the CUDA extension was not built: {reason}"
     try:
@@ -35,6 +35,17 @@ def why_missing() -> str | None:
     """None when the extension loads, else the reason why it does not."""
     extension = load()
     return extension if isinstance(extension, str) else None
+
+
+@functools.cache
+def why_not_on(device: int) -> str | None:
+    """None when the kernels run on a GPU, else CUDA's reason, such as a driver that is too old or no code for it."""
+    try:
+        with torch.cuda.device(device):
+            _extension().can_run()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def device_type() -> str:

@@ -207,12 +207,13 @@ def test_a_broken_extension_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.usefixtures("load_anew")
 def test_a_missing_extension_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lookm_kernels, "__path__", [str(tmp_path)])
+    # an editable installation finds its modules whatever the path of the package
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("lookm_kernels._build.__file__", str(tmp_path / "_build.py"))
     assert str(why_missing("cuda")).startswith("the CUDA extension was not built: this is a checkout")
     (tmp_path / "_build.json").write_text('{"archs": ["80"], "cuda": "13.0"}')
     _native.load.cache_clear()
-    assert why_missing("cuda") == "the CUDA extension for sm_80 with CUDA 13.0 was removed after it was built"
+    assert why_missing("cuda") == "the CUDA extension for sm_80 with CUDA 13.0 is not there for this Python"
 
 
 @pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
@@ -229,5 +230,7 @@ def test_the_real_extension_without_a_gpu() -> None:
         module.merge_workspace(1, 8, 5, 32763, 8, 8)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"merge \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
         module.merge(*rows, *rows, *(5 * [256]), 0, 1, 8, 9, 3, 6, 256, 1 << 20, 0)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=r"kernels \(on the current device\): .+ \[cudaError\w+\]"):
+        module.can_run()  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"compact \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
         module.compact(*rows, *rows, 256, 0, 1, 8, 9, 3, 0)  # type: ignore[union-attr]

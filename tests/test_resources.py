@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BOUNDS = Path(__file__).parent / "data" / "resources.json"
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 THREADS = {"select_kernel": 1024, "compact_kernel": 512, "merge_kernel": 256, "tile_kernel": 256}
 Report = dict[str, dict[str, int]]

@@ -42,6 +42,16 @@ def nvcc(path: Path, *known: int) -> Path:
     )
 
 
+def test_a_too_old_nvcc_is_none(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = program(tmp_path / "nvcc", "Cuda compilation tools, release 11.5, V11.5.119")
+    monkeypatch.setenv("CUDACXX", str(old))
+    reason = f"{old} is of CUDA 11.5, 11.8 or newer is needed"
+    assert setup.plan() == (None, {"archs": [], "reason": reason})
+    monkeypatch.setenv("LOOKM_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"LOOKM_BUILD_CUDA=1, but {reason}"):
+        setup.plan()
+
+
 def test_without_nvcc(setup: ModuleType) -> None:
     assert setup.plan() == (
         None,

@@ -65,6 +65,12 @@ cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute, int bytes) {
     return emulator::allow_shared_memory(reinterpret_cast<const void *>(kernel), bytes);
 }
 
+struct cudaFuncAttributes {};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel *) {
+    return cudaSuccess;
+}
+
 inline void __syncthreads() { emulator::block_barrier(false); }
 inline int __syncthreads_count(bool holds) { return emulator::block_barrier(holds); }
 
