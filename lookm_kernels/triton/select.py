@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lookm_kernels._lists import empty_lists
 
 BLOCK_N = 4096
 WARPS = 8
@@ -93,14 +94,7 @@ def _select_kernel(
 def select_tokens(scores: Tensor, tier: Tensor, keep: list[int]) -> tuple[Tensor, Tensor]:
     """See lookm_kernels.select_tokens."""
     batch, heads, tokens = scores.shape
-    kept = scores.new_empty((batch, heads, max(keep)), dtype=torch.int32)
-    evicted = scores.new_empty((batch, heads, tokens - min(keep)), dtype=torch.int32)
-    keeps = None
-    if len(keep) > 1:
-        # filled on the device: a copy from the host would wait
-        keeps = scores.new_empty(batch, dtype=torch.int32)
-        for row, number in enumerate(keep):
-            keeps[row].fill_(number)
+    kept, evicted, keeps = empty_lists(scores, keep)
     _select_kernel[(batch * heads,)](
         scores.contiguous(), tier.contiguous(), keeps, kept, evicted, heads, tokens, keep[0], kept.shape[2],
         evicted.shape[2], HAS_KEEPS=keeps is not None, BLOCK_N=BLOCK_N, num_warps=WARPS,
