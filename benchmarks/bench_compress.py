@@ -15,12 +15,13 @@ import torch
 import transformers
 import work
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import OURS
+from targets import OURS
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import lookm_kernels
 from lookm import LookMCache
+from lookm_kernels._dispatch import why_no_float8
 
 WIDTH = 32 if timing.SMALL else 128
 # batch, heads, tokens
@@ -179,7 +180,7 @@ def test_prefill(
     name: str,
 ) -> None:  # fmt: skip
     what = f"{PREFILL}, {name}"
-    reason = timing.why_no_float8() if "fp8" in CACHES.get(name, {}) else None
+    reason = why_no_float8(timing.DEVICE) if "fp8" in CACHES.get(name, {}) else None
     if reason is not None:
         record.missing(what, OURS, prefill_shape(), reason)
         pytest.skip(reason)

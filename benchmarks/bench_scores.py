@@ -16,12 +16,13 @@ import timing
 import torch
 import work
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import OURS
+from targets import OURS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import lookm_kernels
+from lookm_kernels._dispatch import why_no_float8
 
 HEADS, WIDTH = (4, 32) if timing.SMALL else (32, 128)
 # batch, KV heads, tokens
@@ -116,7 +117,7 @@ def work_of(what: str, shape: tuple[int, int, int]) -> work.Work:
 def missing(what: str, by: str) -> str | None:
     """Why a variant cannot run here."""
     if what == FLOAT8:
-        return timing.why_no_float8()
+        return why_no_float8(timing.DEVICE)
     if by != COLREDUCE:
         return None
     if not timing.ON_GPU:

@@ -13,7 +13,8 @@ import timing
 import torch
 import work
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import CUDA, OURS
+from targets import OURS
+from timing import CUDA
 from torch import Tensor
 
 import lookm_kernels

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lookm_kernels
+from lookm_kernels._dispatch import why_no_float8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, HEADS, KV_HEADS, TOKENS, WIDTH = 2, 4, 2, 300, 64
@@ -31,7 +32,7 @@ def scores(dtype: torch.dtype, device: str) -> list[Tensor]:
     masked = {"query_weight": weight, "key_start": start, "mask": mask, "softcap": 20.0}
     options = ({}, masked, {"lse": lse}, {"query_position": picked, "query_weight": weight})
     results = [lookm_kernels.attention_scores(query, key, **each) for each in options]
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if why_no_float8(query.device):
         return results
     (query, query_scale), (key, key_scale) = (lookm_kernels.quantize_heads(x) for x in (query, key))
     scale = query_scale * key_scale.repeat_interleave(HEADS // KV_HEADS, 1)

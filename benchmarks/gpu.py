@@ -1,10 +1,9 @@
 """Everything a GPU is needed for, in under nine minutes: python benchmarks/gpu.py FOLDER (what `make gpu` runs)
 
 The CUDA extension for this GPU is built in the checkout, then come tests, benchmarks, and every op under
-compute-sanitizer. Every step has a time limit, and all together have one; a step
-that fails does not stop the others; the exit status says whether any did. FOLDER receives gpu.json (the steps), gpu.log
-(all they print), gpu-tests.xml and one JSON file a benchmark. Wheels in wheels/ are unpacked for the run first, without
-network.
+compute-sanitizer. Every step has a time limit, and all together have one; a step that fails does not stop the others;
+the exit status says whether any did. FOLDER receives gpu.json (the steps), gpu.log (all they print), gpu-tests.xml and
+one JSON file a benchmark. Wheels in wheels/ are unpacked for the run first, without network.
 """
 
 from __future__ import annotations

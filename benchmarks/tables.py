@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import work
 from roofline import Point, roofline
-from targets import GPU_TARGETS
+from targets import GPU_TARGETS, OURS
 from work import Work
 
 RESULTS = Path(__file__).parent / "results"
 CPU = RESULTS / "cpu"
 NOT_YET = "not measured yet: `make gpu BIN=/path/to/bin`"
-OURS = "lookm-kernels"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+# how rows of this package are named, by the backend that runs by default
+OURS = "lookm-kernels"
+
 
 class Target(NamedTuple):
     """`limit` is the most where `at_most`, else the least; measured values are in the same unit."""

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from targets import GPU_TARGETS
+from targets import GPU_TARGETS, OURS
 from torch import Tensor
 from work import Work
 
 import lookm_kernels
-from lookm_kernels._dispatch import why_missing, why_only_reference
+from lookm_kernels._dispatch import why_missing
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -41,8 +41,8 @@ SECONDS_A_ROW = 0.3
 ROUNDS = (3, 50) if ON_GPU else (2, 2)
 MOST_SETS = 1024
 Call = Callable[[], Any]
-# how rows are named: by the backend that runs by default, and by the ops written in CUDA C++
-OURS, CUDA = "lookm-kernels", "lookm-kernels, CUDA C++"
+# rows of the ops that are written in CUDA C++
+CUDA = f"{OURS}, CUDA C++"
 
 _worked = 0.0
 
@@ -150,11 +150,6 @@ def in_cuda(call: Callable[..., Any]) -> Callable[..., Any]:
 def why_no_cuda(by: str) -> str | None:
     """Why a row by CUDA C++ cannot be timed here; None for the others."""
     return why_missing("cuda") if by == CUDA else None
-
-
-def why_no_float8() -> str | None:
-    """Why 8-bit floats cannot be timed here."""
-    return why_only_reference(torch.empty(1, 1, 1, 16, device=DEVICE, dtype=torch.float8_e4m3fn))
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -85,10 +85,11 @@ def why_only_reference(*tensors: Tensor) -> str | None:
     return f"a head dimension of {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else None
 
 
-def _multiplies_float8(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+def why_no_float8(device: torch.device) -> str | None:
+    """None when the matrix units of a device multiply float8_e4m3fn (or it is no GPU), else the reason why not."""
+    if device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)):
+        return None
+    return "float8_e4m3fn needs a GPU of compute capability 8.9 or newer"
 
 
 @functools.cache
@@ -154,8 +155,9 @@ def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]
     if reason is not None and chosen:
         raise ValueError(f"backend {backend}: {reason}")
     backend = backend if reason is None else "reference"
-    if backend != "reference" and tensors[0].dtype == FP8 and not _multiplies_float8(device):
-        raise RuntimeError("float8_e4m3fn needs a GPU of compute capability 8.9 or newer (or backend reference)")
+    no_float8 = why_no_float8(device) if backend != "reference" and tensors[0].dtype == FP8 else None
+    if no_float8 is not None:
+        raise RuntimeError(f"{no_float8} (or backend reference)")
     function: Callable[..., Any] = getattr(importlib.import_module(f"lookm_kernels.{backend}.{module}"), op)
     # kernels are launched on the current device, which need not be that of the tensors
     return functools.partial(_on_device, device, function) if device.type == "cuda" else function
