@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -95,15 +96,23 @@ def whole_budget(subject: Subject) -> None:
     for rows in (subject.rows[:1], subject.rows):
         inputs = subject.arguments(rows)
         with transformers_alone():
+            plain = subject.plain()
             logits = read(subject.model, inputs, subject.plain()).logits
-            ids, steps = generate(subject.model, inputs, subject.plain())
-        if not logits.isfinite().all() or not steps.isfinite().all():
-            raise TransformersAlone("logits are not finite")
+            ids, steps = generate(subject.model, inputs, plain)
+            _ensure_sound(plain, steps, max(map(len, rows)) + TOKENS - 1)
         with _compression_forced():
             same(read(subject.model, inputs, subject.cache(rows, 1.0)).logits, logits, "logits of the prompt")
             found, found_steps = generate(subject.model, inputs, subject.cache(rows, 1.0))
         same(found, ids, "greedy tokens")
         same(found_steps, steps, "greedy logits")
+
+
+def _ensure_sound(cache: Cache, logits: Tensor, tokens: int) -> None:
+    """RuntimeError where the comparison would say nothing: the cache was not used, or read some tokens twice."""
+    if cache.get_seq_length() != tokens:
+        raise RuntimeError(f"{tokens} tokens were read, the cache has {cache.get_seq_length()}")
+    if not logits.isfinite().all():
+        raise RuntimeError("logits are not finite")
 
 
 @contextlib.contextmanager
@@ -122,6 +131,7 @@ def small_budget(subject: Subject) -> None:
         cache = subject.cache(rows, BUDGET)
         same(read(subject.model, inputs, cache).logits, logits, "logits of the prompt")
         for layer in compressed_layers(cache):
+            ensure(cache.layers[layer].is_initialized, f"layer {layer} was not used")
             kept = cache.kept_positions(layer)
             for index, row in enumerate(rows):
                 counts = (kept[index] >= 0).sum(-1)
@@ -138,22 +148,17 @@ def compressed_layers(cache: LookMCache) -> list[int]:
 
 def scores(subject: Subject) -> None:
     """The scores are the column sums of the attention that eager pays, whichever implementation the cache watches."""
-    default = subject.model.config._attn_implementation
     for rows in (subject.rows[:1], subject.rows):
-        inputs, paid = subject.arguments(rows), {}
-        try:
-            with transformers_alone():
-                subject.model.set_attn_implementation("eager")
-                outputs = read(subject.model, inputs, subject.plain(), output_attentions=True)
-                paid = _column_sums(subject, outputs, inputs["attention_mask"])
-            for implementation in dict.fromkeys(("eager", default)):
-                subject.model.set_attn_implementation(implementation)
-                cache = subject.cache(rows, 0.5, "h2o", prompt_length=NEVER)
-                read(subject.model, inputs, cache)
-                for layer in compressed_layers(cache):
-                    _compare(cache.layers[layer].scores, paid[layer], f"layer {layer}, {implementation}")
-        finally:
-            subject.model.set_attn_implementation(default)
+        inputs = subject.arguments(rows)
+        with transformers_alone():
+            eager = copy.deepcopy(subject.model)
+            eager.set_attn_implementation("eager")
+            paid = _column_sums(eager, inputs, subject.plain())
+        for name, model in (("eager", eager), ("the default attention", subject.model)):
+            cache = replace(subject, model=model).cache(rows, 0.5, "h2o", prompt_length=NEVER)
+            read(model, inputs, cache)
+            for layer in compressed_layers(cache):
+                _compare(cache.layers[layer].scores, paid[layer], f"layer {layer}, {name}")
 
 
 def _compare(found: Tensor, paid: Tensor, where: str) -> None:
@@ -162,17 +167,15 @@ def _compare(found: Tensor, paid: Tensor, where: str) -> None:
     ensure(bool(off < 1e-3), f"{where}: scores differ from the attention paid by up to {off:.3g}")
 
 
-def _column_sums(subject: Subject, outputs: Any, mask: Tensor) -> dict[int, Tensor]:
+def _column_sums(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache) -> dict[int, Tensor]:
     """[B, heads, N] by layer: what every token was paid by queries that are not padding."""
-    attentions = getattr(outputs, "attentions", None)
-    layers = [index for index, layer in enumerate(subject.plain().layers) if hasattr(layer, "keys")]
+    attentions = getattr(read(model, inputs, cache, output_attentions=True), "attentions", None)
+    layers = [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
     given = [attention for attention in attentions or () if isinstance(attention, Tensor) and attention.ndim == 4]
     if len(given) != len(layers):
         raise NotImplementedError(f"output_attentions gives {len(given)} for {len(layers)} layers with keys and values")
-    real = mask[:, None, :, None].bool()
-    return {
-        layer: attention.masked_fill(~real, 0).sum(2) for layer, attention in zip(layers, given, strict=True)
-    }
+    real = inputs["attention_mask"][:, None, :, None].bool()
+    return {layer: attention.masked_fill(~real, 0).sum(2) for layer, attention in zip(layers, given, strict=True)}
 
 
 def image_counts(subject: Subject) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,11 @@ from every_model.specs import SPECS, Spec
 from transformers.models.auto import modeling_auto
 
 import lookm
+from lookm import LookMCache
 
 LOOKM = Path(lookm.__file__).parent
 SECONDS = 240  # for one model
+ABSENT = "not in transformers"
 BROKEN = ("wrong", "crashes")  # what fails a run
 
 
@@ -63,51 +65,66 @@ def entries() -> list[Entry]:
 
 def examine(entry: Entry) -> Row:
     """Build the model and run every check on it."""
-    row = Row(*entry)
-    spec = SPECS.get(entry.model_type, Spec())
+    row, spec = Row(*entry), SPECS.get(entry.model_type, Spec())
+    spec = spec if entry.vision else replace(spec, image=None, placeholder=None)
     try:
-        torch.manual_seed(0)
-        config = tiny.tiny_config(entry.model_type, spec.changes)
+        config = tiny.tiny_config(entry.model_type, entry.model_class, spec.changes)
         model = tiny.tiny_model(entry.model_class, config)
     except Exception as error:
-        row.status, row.words = "not in transformers", words(error)
+        row.status, row.words = ABSENT, words(error)
         return row
-    row.inputs = inputs.kind(model.config, spec)
     subject = checks.Subject(model, spec, inputs.draw(model.config, spec))
+    row.inputs = inputs.kind(model.config, spec)
+    try:
+        LookMCache(model, checks.BUDGET)
+    except Exception as error:
+        row.status, row.words = verdict(error)
+        if row.status != "refused":
+            row.status, row.words = without_lookm(subject) or (row.status, row.words)
+        return row
     run(subject, row)
     if row.status == "refused" and "image_mask" in row.words:
         told = Row(*entry, inputs=row.inputs)
-        run(checks.Subject(model, spec, subject.rows, told=True), told)
+        run(replace(subject, told=True), told)
         if told.status == "works":
             told.status, told.words = "works with image_mask=", row.words
         return told
     return row
 
 
+def without_lookm(subject: checks.Subject) -> tuple[str, str] | None:
+    """The verdict on a configuration of which transformers itself can make no DynamicCache."""
+    try:
+        with checks.transformers_alone():
+            subject.plain()
+    except checks.TransformersAlone as error:
+        return verdict(error)
+    return None
+
+
 def run(subject: checks.Subject, row: Row) -> None:
-    """The checks, in order; the first ones decide whether the model works at all."""
+    """The checks, in order; the first one decides whether the model works at all."""
     row.status = "works"
     for name, check in checks.CHECKS.items():
         try:
             check(subject)
-        except checks.Wrong as error:
-            row.status, row.words = "wrong", f"{name}: {error}"
-            return
-        except checks.TransformersAlone as error:
-            row.without[name] = f"transformers: {one_line(str(error))}"
         except Exception as error:
-            if not is_refusal(error):
-                row.status, row.words = "crashes", f"{name}: {words(error)}{place(error)}"
+            status, why = verdict(error)
+            if status in BROKEN or not row.passed:
+                row.status, row.words = status, why if not row.passed else f"{name}: {why}"
                 return
-            row.without[name] = words(error)
-            if not row.passed:
-                row.status, row.words = "refused", words(error)
-                return
+            row.without[name] = f"{status}: {why}"
         else:
             row.passed.append(name)
-        if not row.passed:
-            row.status, row.words = "not in transformers", row.without[name]
-            return
+
+
+def verdict(error: Exception) -> tuple[str, str]:
+    """Status and words of what a check raised."""
+    if isinstance(error, checks.Wrong):
+        return "wrong", str(error)
+    if isinstance(error, checks.TransformersAlone):
+        return ABSENT, one_line(str(error))
+    return ("refused", words(error)) if is_refusal(error) else ("crashes", words(error) + place(error))
 
 
 def is_refusal(error: Exception) -> bool:

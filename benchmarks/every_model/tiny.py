@@ -56,12 +56,13 @@ DECODER = {
     "d_model": 32,
     "ffn_dim": 48,
     "word_embed_proj_dim": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "is_decoder": True,
     "sliding_window": 8,
     "attention_chunk_size": 8,
     "query_pre_attn_scalar": 8,
@@ -147,10 +148,13 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
 UNCHANGED = ...
 
 
-def tiny_config(model_type: str, changes: dict[str, Any]) -> PreTrainedConfig:
+def tiny_config(model_type: str, model_class: str, changes: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a model type with small sizes; changes: values by dotted field name."""
     name = configuration_auto.CONFIG_MAPPING_NAMES[model_type]
-    return _shrink(getattr(transformers, name), changes, DECODER | IDS)
+    config = _shrink(getattr(transformers, name), changes, DECODER | IDS)
+    text = config.get_text_config(decoder=True)
+    # as AutoModelForCausalLM does for a class that is the decoder of a larger model
+    return text if type(config) is not getattr(transformers, model_class).config_class is type(text) else config
 
 
 def _shrink(config_class: type[PreTrainedConfig], changes: dict[str, Any], sizes: dict[str, Any]) -> PreTrainedConfig:
@@ -161,10 +165,13 @@ def _shrink(config_class: type[PreTrainedConfig], changes: dict[str, Any], sizes
         if isinstance(part, PreTrainedConfig):
             inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
             parts[name] = _shrink(type(part), inner, DECODER if name in DECODERS else TOWER)
-    if parts:
-        sizes = IDS if sizes is not TOWER else sizes
+    if sizes is not TOWER and not DECODERS.isdisjoint(parts):
+        sizes = IDS
     fields = {name: size for name, size in sizes.items() if _has(default, name)}
-    fields |= {name: _every_kind(getattr(default, name)) for name in PER_LAYER if getattr(default, name, None)}
+    layers = sizes.get("num_hidden_layers", LAYERS)
+    fields |= {name: _every_kind(getattr(default, name), layers) for name in PER_LAYER if _has(default, name)}
+    if "kv_lora_rank" in fields:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     rope = getattr(default, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         fields["rope_parameters"] = rope | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
@@ -173,11 +180,14 @@ def _shrink(config_class: type[PreTrainedConfig], changes: dict[str, Any], sizes
 
 
 def _has(config: PreTrainedConfig, name: str) -> bool:
-    return hasattr(config, name) and not (name in OPTIONAL and getattr(config, name) is None)
+    """Whether a default configuration has a field, and not as something left out."""
+    # not getattr: some fields may not be asked for where they vary by layer
+    name = config.attribute_map.get(name, name)
+    return name in vars(config) and not (vars(config)[name] is None and name in OPTIONAL + PER_LAYER)
 
 
-def _every_kind(kinds: list[str]) -> list[str]:
-    return (list(dict.fromkeys(kinds)) * LAYERS)[:LAYERS]
+def _every_kind(kinds: list[str], layers: int) -> list[str]:
+    return (list(dict.fromkeys(kinds)) * layers)[:layers]
 
 
 def tiny_model(model_class: str, config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
