@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
-from every_model.tiny import END_ID, IMAGE_ID, START_ID, UNCHANGED, VIDEO_ID
+from every_model.tiny import AUDIO_ID, END_ID, IMAGE_ID, START_ID, UNCHANGED, VIDEO_ID
 from torch import Tensor
 
 Draw = Callable[[torch.Generator], dict[str, Tensor]]
@@ -48,6 +48,30 @@ def patches(generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(64, 3 * 2 * 4 * 4, generator=generator), "image_grid_thw": grid}
 
 
+def two_resolutions(generator: torch.Generator) -> dict[str, Tensor]:
+    """The same square image twice."""
+    image = torch.randn(1, 3, 32, 32, generator=generator)
+    return {"pixel_values": image, "high_res_pixel_values": image}
+
+
+def flat_patches(*shape: int, **constants: Any) -> Draw:
+    """64 patches [64, *shape] of one frame, as a grid of 8 x 8."""
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        grid = {"image_grid_thw": torch.tensor([[1, 8, 8]])}
+        arrays = {key: torch.tensor([value]) for key, value in constants.items()}
+        return {"pixel_values": torch.randn(64, *shape, generator=generator)} | grid | arrays
+
+    return draw
+
+
+def numbered_patches(generator: torch.Generator) -> dict[str, Tensor]:
+    """16 flattened 4 x 4 patches after their row and column, as Pix2Struct's."""
+    place = torch.arange(16)
+    rows = torch.stack([place // 4 + 1, place % 4 + 1], 1).float()
+    return {"flattened_patches": torch.cat([rows, torch.randn(16, 48, generator=generator)], 1)[None]}
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = ROPE | {"mrope_section": [2, 1, 1]}
 INTERLEAVED = MROPE | {"mrope_interleaved": True}
@@ -80,12 +104,12 @@ DOTS = {"head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads":
 GEMMA3N = {"num_kv_shared_layers": 2}
 
 
-def _qwen(rope: dict[str, Any] | None, **vision: int) -> Spec:
+def _qwen(rope: dict[str, Any] | None, image: Draw = patches, **vision: int) -> Spec:
     """Qwen2-VL's patches, and those who took them over."""
     changes: dict[str, Any] = {"vision_config.patch_size": 4}
     changes |= {f"vision_config.{name}": value for name, value in vision.items()}
     changes |= {} if rope is None else {"text_config.rope_parameters": rope}
-    return Spec(changes, patches, before=(START_ID,), after=(END_ID,))
+    return Spec(changes, image, before=(START_ID,), after=(END_ID,))
 
 
 def _anyres() -> Spec:
@@ -100,6 +124,12 @@ def _former(video: bool = False, **arrays: Any) -> Spec:
     changes |= {"qformer_config.vocab_size": 16} if arrays else {}
     shape = (1, 3, 32, 32) if video else (3, 32, 32)
     return Spec(changes, pixels(*shape, **arrays), 4, placeholder=VIDEO_ID if video else IMAGE_ID)
+
+
+def _thinker(spec: Spec) -> Spec:
+    """With ids that its default configuration leaves out."""
+    ids = {"vision_start_token_id": START_ID, "vision_end_token_id": END_ID, "audio_start_token_id": 112}
+    return replace(spec, changes=spec.changes | ids)
 
 
 SPECS = {
@@ -158,8 +188,70 @@ SPECS = {
     "blip-2": _former(),
     "instructblip": _former(qformer_input_ids=[1, 1, 1]),
     "instructblipvideo": _former(video=True, qformer_input_ids=[1, 1, 1]),
-    "qwen2_5_omni_thinker": _qwen(MROPE),
-    "qwen3_omni_moe_thinker": _qwen(INTERLEAVED),
+    "qwen2_5_omni_thinker": _thinker(_qwen(MROPE)),
+    "qwen3_omni_moe_thinker": _thinker(_qwen(INTERLEAVED)),
+    "cosmos3_omni": _qwen(None),
+    "cosmos3_edge": _qwen(None, flat_patches(48)),
+    "lfm3_vl": _qwen(None),
+    "hyperclovax_vision_v2": _qwen(None),
+    "video_llama_3": _qwen(None, flat_patches(48, image_merge_sizes=2)),
+    "deepseek_vl": Spec(image=SQUARE),
+    "deepseek_vl_hybrid": Spec({"high_res_vision_config.global_attn_indexes": [0, 1]}, two_resolutions),
+    "blip": Spec(image=SQUARE),
+    "git": Spec(image=SQUARE),
+    "kosmos-2": Spec(
+        {"latent_query_num": 16}, SQUARE, placeholder=IMAGE_ID, types=("image_embeds_position_mask",)
+    ),
+    "kosmos-2.5": Spec(
+        {
+            "latent_query_num": 16,
+            "vision_config.patch_embed_hidden_size": 48,
+            "vision_config.d_ff": 32,
+            "vision_config.d_kv": 8,
+            "vision_config.max_num_patches": 16,
+        },
+        numbered_patches,
+        placeholder=IMAGE_ID,
+        types=("image_embeds_position_mask",),
+    ),
+    "aria": Spec({"projector_patch_to_query_dict": {16: 4}}, SQUARE, 4),
+    "got_ocr2": Spec(image=SQUARE, tokens=1),
+    "pp_chart2table": Spec(image=SQUARE, tokens=1),
+    "ovis2": Spec({"hidden_size": 32}, SQUARE),
+    "qianfan_ocr": Spec(image=SQUARE, tokens=4),
+    "step3p7": Spec({"text_config.sliding_window": 8}, SQUARE, 1),
+    "hy_v4_vl": replace(_qwen(None, flat_patches(48)), tokens=20),
+    "lfm2_vl": Spec(
+        {"vision_config.patch_size": 4},
+        pixels(64, 48, spatial_shapes=[8, 8], pixel_attention_mask=[1] * 64),
+    ),
+    "phi4_multimodal": Spec(
+        {"vision_config.image_token_id": IMAGE_ID, "audio_config.audio_token_id": AUDIO_ID}, placeholder=IMAGE_ID
+    ),
+    "gemma4": Spec(
+        {
+            "text_config.use_bidirectional_attention": "vision",
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "pooling_kernel_size": 2,
+                "patch_size": 8,
+                "position_embedding_size": 16,
+            },
+        },
+        pixels(64, 192, image_position_ids=[[place // 8, place % 8] for place in range(64)]),
+    ),
+    "diffusion_gemma": Spec({"text_config.top_k_experts": 2}),
+    "zamba2": Spec({"hybrid_layer_ids": [1, 3]}),
+    "musicgen": Spec({"decoder.num_codebooks": 1}),
+    "musicgen_melody": Spec({"decoder.num_codebooks": 1}),
+    "xmod": Spec({"default_language": "en_XX"}),
+    "jamba": Spec({"attn_layer_period": 2, "attn_layer_offset": 1}),
     "mistral4": Spec(
         {
             "text_config.num_key_value_heads": 4,
@@ -169,23 +261,33 @@ SPECS = {
     ),
     "minimax_m3_vl": Spec(
         {
+            "vision_config.patch_size": 4,
             "text_config.index_block_size": 4,
             "text_config.index_topk_blocks": 2,
             "text_config.index_head_dim": 8,
             "text_config.index_n_heads": 2,
-        }
+        },
+        patches,
     ),
     "ernie4_5_vl_moe": Spec(
         {
             "text_config.moe_intermediate_size": [16, 16],
             "text_config.head_dim": 16,
             "text_config.rope_parameters": ROPE | {"mrope_section": [2, 2, 4]},
-        }
+            "vision_config.patch_size": 4,
+        },
+        flat_patches(48),
     ),
-    "hunyuan_vl": Spec({"text_config.rope_parameters": ROPE | {"mrope_section": [1, 1, 1, 1]}}),
+    "hunyuan_vl": Spec(
+        {"text_config.rope_parameters": ROPE | {"mrope_section": [1, 1, 1, 1]}, "vision_config.patch_size": 4},
+        flat_patches(48),
+        22,
+    ),
     "cohere_compass": _qwen({"sliding_attention": MROPE, "full_attention": MROPE}),
     "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]]}),
-    "paddleocr_vl": Spec({"text_config.rope_parameters": MROPE}),
+    "paddleocr_vl": Spec(
+        {"text_config.rope_parameters": MROPE, "vision_config.patch_size": 4}, flat_patches(3, 4, 4)
+    ),
     "florence2": Spec(
         {
             "vision_config.patch_size": (7, 3),
@@ -220,9 +322,12 @@ SPECS = {
         }
     ),
     "dots3_note_text": Spec(DOTS),
-    "muse_glimmer": Spec({"projector_hidden_size": 16, "out_hidden_size": 32}),
+    "muse_glimmer": Spec(
+        {"projector_hidden_size": 16, "out_hidden_size": 64, "vision_config.patch_size": 4}, patches
+    ),
     "muse_spark": Spec(
         {
+            "projector_hidden_size": 16,
             "audio_config.patch_sizes": (16, 6),
             "audio_config.hidden_sizes": (8, 16),
             "audio_config.depths": (1, 1),
@@ -242,7 +347,7 @@ SPECS = {
     "fast_vlm": Spec({"vision_config": CLIP}),
     "gemma3n": Spec({"vision_config": transformers.CLIPVisionConfig(**CLIP), **{f"text_config.{name}": value for name, value in GEMMA3N.items()}}),
     "gemma3n_text": Spec(GEMMA3N),
-    "perception_lm": Spec({"vision_config": CLIP | {"model_args": {"embed_dim": 16}}}),
+    "perception_lm": Spec({"vision_config": CLIP | {"model_args": {"embed_dim": 16}}}, ONE_TILE),
     "inkling2": Spec({"vision_config.text_hidden_size": 32}),
     "inkling2_loop": Spec({"vision_config.text_hidden_size": 32}),
     "janus": Spec(
@@ -254,7 +359,7 @@ SPECS = {
             "vq_config.num_embeddings": 64,
         }
     ),
-    "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]], "vision_config.hidden_size": 64}),
+    "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]], "vision_config.hidden_size": 64, "downsample_rate": "1/2"}),
     "nemotron_h_omni": Spec({"vision_config.video_temporal_patch_size": 2}),
     "fun_asr_nano": Spec({"adaptor_config.hidden_size": 32, "adaptor_config.intermediate_size": 8}),
     "kyutai_speech_to_text": Spec({"audio_pad_token_id": 124, "audio_bos_token_id": 125, "codebook_vocab_size": 127}),
@@ -281,6 +386,7 @@ SPECS = {
     ),
     "nemo_speechlm": Spec(
         {
+            "audio_config.asr_config.blank_token_id": 3,
             "audio_config.diarization_config.head_config.audio_hidden_size": 16,
             "audio_config.diarization_config.head_config.hidden_size": 16,
         }
@@ -306,7 +412,6 @@ SPECS = {
     "zaya": Spec({"num_experts_per_tok": 1}),
     "gptj": Spec({"rotary_dim": 4}),
     "codegen": Spec({"rotary_dim": 4}),
-    "step3p7": Spec({"text_config.sliding_window": 8}),
     "mistral": Spec({"sliding_window": None}),
     "ministral": Spec({"layer_types": ["sliding_attention", "full_attention"] * 2}),
 }
