@@ -5,17 +5,21 @@ VENV ?= .venv
 BIN ?= $(VENV)/bin
 OUT ?= out
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# what a release of transformers can break
+RELEASE := tests/test_families.py tests/test_cache.py tests/test_enable.py
 OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch fp8 autotune)
 
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))
 
-.PHONY: demo test test-oldest test-install lint format bench gpu wheel clean help
+.PHONY: demo test test-oldest test-newest test-install lint format bench gpu wheel clean help
 
 help:
 	@echo "make demo         a small vision-language model on a compressed cache; a table and a picture in $(OUT)/"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the model families on the oldest transformers that is supported"
+	@echo "make test-newest  the same on the newest transformers that the index has now"
 	@echo "make test-install every way to install the package, with and without nvcc"
 	@echo "make lint         ruff, mypy and clang-format"
 	@echo "make format       let ruff and clang-format rewrite what they can"
@@ -32,7 +36,12 @@ test: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OPS)
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_cache.py tests/test_enable.py
+	$(OLDEST)/bin/python -m pytest $(RELEASE)
+
+# an upgrade at every call, beyond the package's own upper bound too: a new release must show here first
+test-newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pip install --upgrade --constraint constraints-newest.txt transformers
+	$(NEWEST)/bin/python -m pytest $(RELEASE)
 
 test-install: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/test_install.py -m install --durations=0
@@ -63,18 +72,21 @@ wheel: $(VENV)/.ready
 	@du -h --apparent-size dist/*
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist out *.egg-info lookm_kernels/_build.json lookm_kernels/_C.*
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist out *.egg-info lookm_kernels/_build.json lookm_kernels/_C.*
 
 define new_environment
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed for development, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(1)
 	# with nvcc, the extension for one architecture, which is quicker; newer GPUs run its PTX
-	LOOKM_CUDA_ARCHS=$${LOOKM_CUDA_ARCHS:-80} $(1)/bin/python -m pip install --upgrade --progress-bar on --constraint $(2) --editable ".[dev,bench]"
+	LOOKM_CUDA_ARCHS=$${LOOKM_CUDA_ARCHS:-80} $(1)/bin/python -m pip install --upgrade --progress-bar on --constraint $(2) --editable ".[$(3)]"
 	@touch $(1)/.ready
 endef
 
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py CMakeLists.txt $(CSRC)
-	$(call new_environment,$(VENV),constraints.txt)
+	$(call new_environment,$(VENV),constraints.txt,dev)
 
 $(OLDEST)/.ready: constraints-oldest.txt pyproject.toml setup.py CMakeLists.txt $(CSRC)
-	$(call new_environment,$(OLDEST),constraints-oldest.txt)
+	$(call new_environment,$(OLDEST),constraints-oldest.txt,test)
+
+$(NEWEST)/.ready: constraints-newest.txt pyproject.toml setup.py CMakeLists.txt $(CSRC)
+	$(call new_environment,$(NEWEST),constraints-newest.txt,test)

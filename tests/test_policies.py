@@ -108,8 +108,14 @@ def test_bad_option_values(policy: str, options: dict):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"`policy` must be one of lookm, full, .*; got 'look-m'"):
+    with pytest.raises(ValueError, match=r"must be one of lookm, full, .*; got 'look-m': did you mean 'lookm'\?"):
         LookMCache(LLAVA.model(), policy="look-m")
+    with pytest.raises(ValueError, match=r"got 'Text_prior_h20': did you mean 'text_prior_h2o'\?"):
+        LookMCache(LLAVA.model(), policy="Text_prior_h20")
+    with pytest.raises(ValueError, match=r"got 'best'$"):
+        LookMCache(LLAVA.model(), policy="best")
+    with pytest.raises(ValueError, match=r"got 'recentshare': did you mean 'recent_share'\?"):
+        LookMCache(LLAVA.model(), policy="h2o", recentshare=0.1)
     with pytest.raises(ValueError, match=r"options of this policy are recent_share, .*; got 'window'"):
         LookMCache(LLAVA.model(), policy="h2o", window=5)
     with pytest.raises(TypeError, match=r"`policy` must be a name or a lookm\.Policy, got int"):
@@ -128,8 +134,6 @@ def test_a_policy_of_ones_own():
 
     try:
         assert DESCRIPTIONS["first_come"] == "Earlier tokens first."
-        with pytest.raises(ValueError, match="'first_come', which is registered already"):
-            register_policy("first_come")(FirstCome)
         for policy in ("first_come", FirstCome(recent_share=0.0)):
             cache, _ = prefill(budget=10, policy=policy)
             assert (cache.kept_positions(1) == torch.arange(10)).all()
@@ -137,6 +141,29 @@ def test_a_policy_of_ones_own():
         del POLICIES["first_come"], DESCRIPTIONS["first_come"]
     with pytest.raises(ValueError, match="first_come"):
         LookMCache(LLAVA.model(), policy="first_come")
+
+
+def test_a_name_is_registered_again_as_by_a_notebooks_cell():
+    def cell(sinks: int) -> type[Policy]:
+        @register_policy("mine", sinks=sinks)
+        @dataclass(frozen=True)
+        class Mine(Policy):
+            """My own."""
+
+        return Mine
+
+    try:
+        first, second = cell(1), cell(2)
+        assert first is not second
+        assert type(POLICIES["mine"]) is second
+        assert LookMCache(LLAVA.model(), policy="mine").layers[0].settings.policy.sinks == 2
+        for name in ("lookm", "h2o", "text_prior_pivot_merge"):
+            before = dict(POLICIES)
+            with pytest.raises(ValueError, match=f"`name` must not be that of a policy of the package, got '{name}'"):
+                register_policy(name)(second)
+            assert before == POLICIES
+    finally:
+        del POLICIES["mine"], DESCRIPTIONS["mine"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -255,18 +256,20 @@ class Policy:
 POLICIES: dict[str, Policy] = {}
 DESCRIPTIONS: dict[str, str] = {}
 ALIASES = {"lookm": "text_prior_pivot_merge"}
+OWN_MODULE = "lookm.policies"  # of the policies that come with the package
 PolicyType = TypeVar("PolicyType", bound=type[Policy])
 
 
 def register_policy(name: str, **defaults: Any) -> Callable[[PolicyType], PolicyType]:
     """Class decorator: register the policy with these field values, described by its docstring's first line.
 
-    ValueError when the name is taken.
+    A name may be registered again, as a notebook's cell does. ValueError for one that comes with the package.
     """
 
     def add(policy: PolicyType) -> PolicyType:
-        if name in POLICIES or name in ALIASES:
-            raise ValueError(f"`name` must be new, got {name!r}, which is registered already")
+        ours = name in POLICIES and type(POLICIES[name]).__module__ == OWN_MODULE != policy.__module__
+        if ours or name in ALIASES:
+            raise ValueError(f"`name` must not be that of a policy of the package, got {name!r}")
         POLICIES[name] = replace(policy(), **defaults)
         DESCRIPTIONS[name] = (policy.__doc__ or "").strip().partition("\n")[0]
         return policy
@@ -282,12 +285,18 @@ def resolve_policy(policy: str | Policy, options: dict[str, Any]) -> Policy:
     if isinstance(policy, str):
         name = ALIASES.get(policy, policy)
         if name not in POLICIES:
-            raise ValueError(f"`policy` must be one of {', '.join([*ALIASES, *POLICIES])}; got {policy!r}")
+            known = [*ALIASES, *POLICIES]
+            raise ValueError(f"`policy` must be one of {', '.join(known)}; {_got(policy, known)}")
         policy = POLICIES[name]
     if not isinstance(policy, Policy):
         raise TypeError(f"`policy` must be a name or a lookm.Policy, got {type(policy).__name__}")
     known = [field.name for field in fields(policy)]
     for name in options:
         if name not in known:
-            raise ValueError(f"options of this policy are {', '.join(known)}; got {name!r}")
+            raise ValueError(f"options of this policy are {', '.join(known)}; {_got(name, known)}")
     return replace(policy, **options)
+
+
+def _got(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name.lower(), known, n=1)
+    return f"got {name!r}" + (f": did you mean {close[0]!r}?" if close else "")

@@ -54,8 +54,7 @@ def compare(
             turns = script(prompt, generator)
             dialogue = converse(model, prompt, turns, LookMCache(model, budget, policy))
             shares[layout] = exact_matches(turns, dialogue.said)[1:].float()
-        total = dialogue.report.to_dict()["total"]
-        per_row = dialogues * len(dialogue.report.layers)
+        layer = dialogue.report.mean()
         matches = {layout: 100 * share.mean().item() for layout, share in shares.items()}
         yield Cell(
             policy=policy,
@@ -64,9 +63,9 @@ def compare(
             exact_match_after=matches["after"],
             exact_match_before=matches["before"],
             answers=sum(share.numel() for share in shares.values()),
-            seen=total["seen"] / per_row,
-            kept=total["kept"] / per_row,
-            bytes=total["bytes"] / dialogues,
+            seen=layer["seen"] / dialogues,
+            kept=layer["kept"] / dialogues,
+            bytes=dialogue.report.bytes / dialogues,
         )
 
 

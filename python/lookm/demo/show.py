@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 from transformers.utils import logging
@@ -78,9 +78,12 @@ def show_dialogue(
     }
     dialogues = {name: converse(model, prompt, turns, cache) for name, cache in caches.items()}
 
-    console.print(f"A prompt of {prompt.input_ids.shape[1]} tokens (lookm demo --seed {seed}):")
+    tokens = prompt.input_ids.shape[1] + turns[0].question.shape[1]
+    console.print(f"A prompt of {tokens} tokens, its first question included (lookm demo --seed {seed}):")
     console.print(Text(prompt.text(0), style="dim"))
-    table = Table("question", "truth", *(f"{name} cache" for name in caches))
+    table = Table(
+        *(Column(heading, overflow="fold") for heading in ("question", "truth", *(f"{name} cache" for name in caches)))
+    )
     right = {name: exact_matches(turns, dialogue.said)[:, 0].tolist() for name, dialogue in dialogues.items()}
     for index, turn in enumerate(turns):
         answers = [
@@ -106,9 +109,9 @@ def words(processor: Any, tokens: Tensor) -> str:
 def policy_table(cells: Sequence[Cell]) -> Table:
     """The comparison for a terminal: a row a policy, a column a budget."""
     budgets = list(dict.fromkeys(cell.budget for cell in cells))
+    # in a narrow terminal a cell goes on in the next line: rich would cut it
     table = Table(
-        "policy",
-        *(str(budget) for budget in budgets),
+        *(Column(heading, overflow="fold") for heading in ("policy", *map(str, budgets))),
         title=f"exact match in % (names after|before their pictures), {cells[0].answers} later-turn answers, "
         f"prompts of {cells[0].seen:.0f} tokens",
         box=box.SIMPLE_HEAD,
