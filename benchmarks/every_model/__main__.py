@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import transformers
+
 from every_model.sweep import BROKEN, entries, record, sweep
 
 RESULTS = Path(__file__).parent.parent / "results" / "families"

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from every_model import checks, inputs, tiny
-from every_model.specs import SPECS, Spec
 from transformers.models.auto import modeling_auto
 
 import lookm
+from every_model import checks, inputs, tiny
+from every_model.specs import SPECS, Spec
 from lookm import LookMCache
 
 LOOKM = Path(lookm.__file__).parent
 SECONDS = 240  # for one model
 ABSENT = "not in transformers"
+REQUIRED = ("whole budget", "small budget")
 BROKEN = ("wrong", "crashes")  # what fails a run
 
 
@@ -73,6 +74,7 @@ def examine(entry: Entry) -> Row:
     except Exception as error:
         row.status, row.words = ABSENT, words(error)
         return row
+    model = model if spec.part is None else getattr(model, spec.part)
     subject = checks.Subject(model, spec, inputs.draw(model.config, spec))
     row.inputs = inputs.kind(model.config, spec)
     try:
@@ -97,21 +99,21 @@ def without_lookm(subject: checks.Subject) -> tuple[str, str] | None:
     try:
         with checks.transformers_alone():
             subject.plain()
-    except checks.TransformersAlone as error:
+    except checks.TransformersError as error:
         return verdict(error)
     return None
 
 
 def run(subject: checks.Subject, row: Row) -> None:
-    """The checks, in order; the first one decides whether the model works at all."""
+    """The checks, in order; those of REQUIRED decide whether the model works at all."""
     row.status = "works"
     for name, check in checks.CHECKS.items():
         try:
             check(subject)
         except Exception as error:
             status, why = verdict(error)
-            if status in BROKEN or not row.passed:
-                row.status, row.words = status, why if not row.passed else f"{name}: {why}"
+            if status in BROKEN or name in REQUIRED:
+                row.status, row.words = status, why if status not in BROKEN else f"{name}: {why}"
                 return
             row.without[name] = f"{status}: {why}"
         else:
@@ -120,9 +122,9 @@ def run(subject: checks.Subject, row: Row) -> None:
 
 def verdict(error: Exception) -> tuple[str, str]:
     """Status and words of what a check raised."""
-    if isinstance(error, checks.Wrong):
+    if isinstance(error, checks.WrongError):
         return "wrong", str(error)
-    if isinstance(error, checks.TransformersAlone):
+    if isinstance(error, checks.TransformersError):
         return ABSENT, one_line(str(error))
     return ("refused", words(error)) if is_refusal(error) else ("crashes", words(error) + place(error))
 
