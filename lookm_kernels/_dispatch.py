@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lookm_kernels import _native
+from lookm_kernels._ambient import without_autocast
 from lookm_kernels._checks import FP8
 
 BACKENDS = ("cuda", "triton", "reference")
@@ -171,6 +172,11 @@ def _on_device(device: torch.device, function: Callable[..., Any], *arguments: A
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `lookm::<schema>` with its implementation for all devices and its shape function for tracing."""
     name = schema.partition("(")[0]
+
+    def alone(*arguments: Any) -> Any:
+        with without_autocast(arguments[0].device):
+            return run(*arguments)
+
     _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lookm::{name}", fake, lib=_library)

@@ -28,7 +28,7 @@ def is_count(value: Any) -> bool:
 
 def on_device(counts: Sequence[int], device: torch.device) -> Tensor:
     """[B, 1] of a number a row, filled on the device: a copy from the host would wait for it."""
-    return torch.cat([torch.full((1, 1), count, device=device) for count in counts])
+    return torch.cat([torch.full((1, 1), count, dtype=torch.long, device=device) for count in counts])
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Attention:
         queries, tokens = self.query.shape[2], self.prompt.image.shape[1]
         weight = self.query_weight
         if weight is None:
-            weight = torch.ones(self.query.shape[0], queries, device=self.query.device)
+            weight = torch.ones(self.query.shape[0], queries, dtype=torch.float32, device=self.query.device)
         if not self.causal:
             if self.mask is None:
                 return weight.sum(1)[:, None, None].expand(-1, 1, tokens)
