@@ -160,16 +160,16 @@ def test_compaction_is_cut_to_fill_the_gpu(csrc: Emulator, rows: int, widths: tu
 
 
 @pytest.mark.parametrize(
-    ("address", "strides", "width", "sizes", "item", "widest"),
+    ("address", "strides", "width", "sizes", "dtype", "widest"),
     [
-        (256, (8192, 4096, 64), 64, (2, 2, 64), 2, 16),
-        (264, (8192, 4096, 64), 64, (2, 2, 64), 2, 8),
-        (256, (8192, 4096, 66), 64, (2, 2, 64), 2, 4),
-        (256, (8192, 4096, 66), 64, (2, 2, 1), 2, 16),
-        (256, (8192, 4097, 64), 64, (2, 2, 64), 2, 2),
-        (256, (8193, 4096, 64), 64, (1, 2, 64), 2, 16),
-        (256, (8192, 4096, 80), 5, (2, 2, 64), 4, 4),
-        (258, (8192, 4096, 80), 80, (2, 2, 64), 2, 2),
+        (256, (8192, 4096, 64), 64, (2, 2, 64), torch.float16, 16),
+        (264, (8192, 4096, 64), 64, (2, 2, 64), torch.float16, 8),
+        (256, (8192, 4096, 66), 64, (2, 2, 64), torch.float16, 4),
+        (256, (8192, 4096, 66), 64, (2, 2, 1), torch.float16, 16),
+        (256, (8192, 4097, 64), 64, (2, 2, 64), torch.float16, 2),
+        (256, (8193, 4096, 64), 64, (1, 2, 64), torch.float16, 16),
+        (256, (8192, 4096, 80), 5, (2, 2, 64), torch.float32, 4),
+        (258, (8192, 4096, 80), 80, (2, 2, 64), torch.float16, 2),
     ],
 )
 def test_the_widest_access(
@@ -178,11 +178,11 @@ def test_the_widest_access(
     strides: tuple[int, int, int],
     width: int,
     sizes: tuple[int, int, int],
-    item: int,
+    dtype: torch.dtype,
     widest: int,
 ) -> None:
     """By the address, the strides that are used, and the width; a stride of a dimension of size 1 is not used."""
-    assert csrc.module.access_bytes(address, strides, width, *sizes, item) == widest
+    assert csrc.module.access_bytes((address, strides, width, _native.DTYPES[dtype]), *sizes) == widest
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_widest_access(
     [
         ("select_tokens", r"select \(B=2 H=3 N=13 K=6 E=8\)"),
         ("merge_", r"merge's workspace \(B=2 H=3 K=6 E=8\)"),
-        ("compact_", r"compact \(B=2 H=3 N=13 K=6 D=8 Dv=5 of 4 bytes\)"),
+        ("compact_", r"compact \(B=2 H=3 N=13 K=6 D=8 of 4 bytes Dv=5 of 4 bytes\)"),
     ],
 )
 def test_an_error_of_cuda_names_kernel_and_shapes(csrc: Emulator, op: str, shapes: str) -> None:
@@ -203,16 +203,18 @@ def test_an_error_of_cuda_names_kernel_and_shapes(csrc: Emulator, op: str, shape
 
 def test_a_failing_merge_names_its_shapes(csrc: Emulator) -> None:
     """Its launch, after its workspace was found."""
-    rows = (0, (0, 0, 0), 8)
+    key, value = ((0, (0, 0, 0), 8, _native.DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16))
     csrc.configure(error=1)
-    with pytest.raises(RuntimeError, match=r"merge \(B=1 H=2 N=9 K=3 D=8 Dv=8 of 2 bytes E=4\): invalid argument"):
-        csrc.module.merge(*rows, *rows, *(5 * [0]), 0, 1, 2, 9, 3, 4, 0, 0, 0)
+    message = r"merge \(B=1 H=2 N=9 K=3 D=8 of 4 bytes Dv=8 of 2 bytes E=4\): invalid argument"
+    with pytest.raises(RuntimeError, match=message):
+        csrc.module.merge(key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
 
 
 def test_an_unknown_dtype_is_refused(csrc: Emulator) -> None:
-    rows = (0, (0, 0, 0), 8)
-    with pytest.raises(ValueError, match="`dtype` must be 0, 1 or 2, got 3"):
-        csrc.module.compact(*rows, *rows, 0, 3, 1, 1, 9, 3, 0)
+    known, unknown = ((0, (0, 0, 0), 8, tag) for tag in (0, 3))
+    for rows in ((known, unknown), (unknown, known)):
+        with pytest.raises(ValueError, match="`dtype` must be 0, 1 or 2, got 3"):
+            csrc.module.compact(*rows, 0, 1, 1, 9, 3, 0)
 
 
 def test_the_backend_is_there_with_its_ops_only(csrc: Emulator) -> None:

@@ -106,7 +106,7 @@ class Attention:
         looking, position = self, None
         if self.picked is not None:
             if self.picked.shape[1] == 0:
-                dtype = torch.float64 if self.key.dtype == torch.float64 else torch.float32
+                dtype = torch.float64 if torch.float64 in (self.query.dtype, self.key.dtype) else torch.float32
                 return self.key.new_zeros((*self.key.shape[:2], tokens), dtype=dtype)
             looking = self._only_picked(self.picked)
             position = torch.where(self.picked < 0, -1, self.picked + self.key.shape[2] - self.query.shape[2])
