@@ -68,9 +68,10 @@ def test_selection_in_any_order(csrc: Emulator, tokens: int, keep: float, shared
         assert same_bits(ours, goal[place % 2])
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype) -> None:
+def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
     """A hub of several tiles, one whole tile with ends on both sides, and short runs."""
     tokens, kept_size = 900, 40
     evicted_size = tokens - kept_size
@@ -80,25 +81,26 @@ def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype) -
     order = torch.arange(tokens, dtype=torch.int32).expand(1, 2, -1)
     given = {
         "key": laid_out(random(0, 1, 2, tokens, 48, dtype=dtype), layout),
-        "value": laid_out(random(1, 1, 2, tokens, 264, dtype=dtype), layout),
+        "value": laid_out(random(1, 1, 2, tokens, 264, dtype=value_dtype), layout),
         "kept": order[..., :kept_size],
         "evicted": order[..., kept_size:],
         "pivot": pivot.roll(13).expand(1, 2, -1),
         "evicted_weight": random(2, 1, 2, evicted_size).abs() / 100,
         "kept_weight": random(3, 1, 2, kept_size),
     }
-    check_all_orders(csrc, "merge_", given, max(1e-5, 2 * torch.finfo(dtype).eps))
+    check_all_orders(csrc, "merge_", given, max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps))
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("empty", [0, 300, 700])
-def test_compaction_in_any_order(csrc: Emulator, empty: int, layout: str) -> None:
+def test_compaction_in_any_order(csrc: Emulator, empty: int, layout: str, value_dtype: torch.dtype) -> None:
     """With moves to the right, to the left and of nothing, further than a step of a block."""
     tokens = 2600
     kept = torch.cat([torch.full((empty,), -1), torch.arange(0, 500), torch.arange(1300, tokens)]).int()
     given = {
         "key": laid_out(random(0, 1, 2, tokens, 72).half(), layout),
-        "value": laid_out(random(1, 1, 2, tokens, 36).half(), layout),
+        "value": laid_out(random(1, 1, 2, tokens, 36, dtype=value_dtype), layout),
         "kept": kept.expand(1, 2, -1),
     }
     check_all_orders(csrc, "compact_", given)
