@@ -53,12 +53,15 @@ def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def lists(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Odd widths, rows too long for shared memory, and a pivot that attracts hundreds: selection, merge, compaction."""
+    """Odd widths, rows too long for shared memory, and a pivot that attracts hundreds: selection, merge, compaction.
+
+    The keys stay float32, as torch.autocast leaves them.
+    """
     results = []
     for tokens in (301, 60001):
         attention, tier = torch.randn(1, 1, tokens), torch.randint(0, 4, (1, tokens), dtype=torch.int32)
         results += lookm_kernels.select_tokens(attention.to(device), tier.to(device), tokens // 5)
-    key, value = (torch.randn(1, 2, 601, width).to(device, dtype) for width in (37, 70))
+    key, value = torch.randn(1, 2, 601, 37).to(device), torch.randn(1, 2, 601, 70).to(device, dtype)
     tier = torch.ones(1, 601, dtype=torch.int32).to(device)
     kept, evicted = lookm_kernels.select_tokens(torch.randn(1, 2, 601).to(device), tier, 60)
     pivot = torch.randint(0, 60, evicted.shape, dtype=torch.int32).to(device)

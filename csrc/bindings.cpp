@@ -19,10 +19,18 @@ T *pointer(Address address) {
     return reinterpret_cast<T *>(address);
 }
 
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
+// Address, strides, width, tag of the dtype.
+using Operand = std::tuple<Address, std::tuple<int64_t, int64_t, int64_t>, int, int>;
 
-Rows rows(Address data, const Strides &strides, int width) {
-    return {pointer<void>(data), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides), width};
+Rows rows(const Operand &operand) {
+    const auto &[stride_b, stride_h, stride_n] = std::get<1>(operand);
+    return {pointer<void>(std::get<0>(operand)), stride_b, stride_h, stride_n, std::get<2>(operand)};
+}
+
+Dtype dtype_of(const Operand &operand) {
+    const int tag = std::get<3>(operand);
+    if (tag < 0 || tag > 2) throw std::invalid_argument("`dtype` must be 0, 1 or 2, got " + std::to_string(tag));
+    return static_cast<Dtype>(tag);
 }
 
 // RuntimeError with the kernel, the shapes and CUDA's message.
@@ -44,18 +52,14 @@ template <typename Arguments>
 std::string widths(const Arguments &a) {
     std::ostringstream text;
     text << "B=" << a.batch << " H=" << a.heads << " N=" << a.tokens << " K=" << a.kept_size << " D=" << a.key.width
-         << " Dv=" << a.value.width << " of " << item_bytes(a.dtype) << " bytes";
+         << " of " << item_bytes(a.key_dtype) << " bytes Dv=" << a.value.width << " of " << item_bytes(a.value_dtype)
+         << " bytes";
     return text.str();
 }
 
 std::string shapes(const Merge &a) { return widths(a) + " E=" + std::to_string(a.evicted_size); }
 
 std::string shapes(const Compact &a) { return widths(a); }
-
-Dtype dtype_of(int tag) {
-    if (tag < 0 || tag > 2) throw std::invalid_argument("`dtype` must be 0, 1 or 2, got " + std::to_string(tag));
-    return static_cast<Dtype>(tag);
-}
 
 void run_select(Address scores, Address tier, Address keeps, Address kept, Address evicted, int batch, int heads,
                 int tokens, int keep, int kept_size, int evicted_size, Address stream) {
@@ -83,18 +87,18 @@ std::size_t bytes_for_merge(int batch, int heads, int kept_size, int evicted_siz
     return bytes;
 }
 
-void run_merge(Address key, const Strides &key_strides, int key_width, Address value, const Strides &value_strides,
-               int value_width, Address kept, Address evicted, Address pivot, Address evicted_weight,
-               Address kept_weight, int dtype, int batch, int heads, int tokens, int kept_size, int evicted_size,
-               Address workspace, std::size_t workspace_bytes, Address stream) {
-    const Merge a{rows(key, key_strides, key_width),
-                  rows(value, value_strides, value_width),
+void run_merge(const Operand &key, const Operand &value, Address kept, Address evicted, Address pivot,
+               Address evicted_weight, Address kept_weight, int batch, int heads, int tokens, int kept_size,
+               int evicted_size, Address workspace, std::size_t workspace_bytes, Address stream) {
+    const Merge a{rows(key),
+                  rows(value),
                   pointer<const int>(kept),
                   pointer<const int>(evicted),
                   pointer<const int>(pivot),
                   pointer<const float>(evicted_weight),
                   pointer<const float>(kept_weight),
-                  dtype_of(dtype),
+                  dtype_of(key),
+                  dtype_of(value),
                   batch,
                   heads,
                   tokens,
@@ -103,17 +107,10 @@ void run_merge(Address key, const Strides &key_strides, int key_width, Address v
     check(merge(a, pointer<void>(workspace), workspace_bytes, pointer<CUstream_st>(stream)), "merge", shapes(a));
 }
 
-void run_compact(Address key, const Strides &key_strides, int key_width, Address value, const Strides &value_strides,
-                 int value_width, Address kept, int dtype, int batch, int heads, int tokens, int kept_size,
-                 Address stream) {
-    const Compact a{rows(key, key_strides, key_width),
-                    rows(value, value_strides, value_width),
-                    pointer<const int>(kept),
-                    dtype_of(dtype),
-                    batch,
-                    heads,
-                    tokens,
-                    kept_size};
+void run_compact(const Operand &key, const Operand &value, Address kept, int batch, int heads, int tokens,
+                 int kept_size, Address stream) {
+    const Compact a{rows(key), rows(value), pointer<const int>(kept), dtype_of(key), dtype_of(value), batch, heads,
+                    tokens,    kept_size};
     check(compact(a, pointer<CUstream_st>(stream)), "compact", shapes(a));
 }
 
@@ -148,15 +145,13 @@ PYBIND11_MODULE(_C, module) {
                py::arg("batch"), py::arg("heads"), py::arg("kept_size"), py::arg("evicted_size"), py::arg("key_width"),
                py::arg("value_width"));
     module.def("merge", &run_merge, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
-               py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"), py::arg("value_strides"),
-               py::arg("value_width"), py::arg("kept"), py::arg("evicted"), py::arg("pivot"), py::arg("evicted_weight"),
-               py::arg("kept_weight"), py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
+               py::arg("key"), py::arg("value"), py::arg("kept"), py::arg("evicted"), py::arg("pivot"),
+               py::arg("evicted_weight"), py::arg("kept_weight"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
                py::arg("kept_size"), py::arg("evicted_size"), py::arg("workspace"), py::arg("workspace_bytes"),
                py::arg("stream"));
     module.def("compact", &run_compact, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
-               py::arg("key"), py::arg("key_strides"), py::arg("key_width"), py::arg("value"), py::arg("value_strides"),
-               py::arg("value_width"), py::arg("kept"), py::arg("dtype"), py::arg("batch"), py::arg("heads"),
-               py::arg("tokens"), py::arg("kept_size"), py::arg("stream"));
+               py::arg("key"), py::arg("value"), py::arg("kept"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
+               py::arg("kept_size"), py::arg("stream"));
 
     module.def(
         "can_run", [] { check(can_run(), "kernels", "on the current device"); }, release(),
@@ -170,9 +165,8 @@ PYBIND11_MODULE(_C, module) {
                py::arg("multiprocessors"));
     module.def(
         "access_bytes",
-        [](Address data, const Strides &strides, int width, int batch, int heads, int tokens, int item) {
-            return access_bytes(rows(data, strides, width), batch, heads, tokens, item);
+        [](const Operand &x, int batch, int heads, int tokens) {
+            return access_bytes(rows(x), batch, heads, tokens, item_bytes(dtype_of(x)));
         },
-        py::arg("data"), py::arg("strides"), py::arg("width"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
-        py::arg("item"));
+        py::arg("x"), py::arg("batch"), py::arg("heads"), py::arg("tokens"));
 }

@@ -102,7 +102,7 @@ cudaError_t launch_compact(const Compact &a, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    const Rows key = in_bytes(a.key, item_bytes(a.dtype)), value = in_bytes(a.value, item_bytes(a.dtype));
+    const Rows key = in_bytes(a.key, item_bytes(a.key_dtype)), value = in_bytes(a.value, item_bytes(a.value_dtype));
     const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
     const int slab = compact_slab_bytes(rows, key.width, value.width, multiprocessors);
     const std::int64_t key_slabs = ceil_div(key.width, slab), slabs = key_slabs + ceil_div(value.width, slab);
@@ -121,9 +121,8 @@ int compact_slab_bytes(std::int64_t rows, std::int64_t key_bytes, std::int64_t v
 }
 
 cudaError_t compact(const Compact &a, cudaStream_t stream) {
-    const int item = item_bytes(a.dtype);
-    switch (std::min(access_bytes(a.key, a.batch, a.heads, a.tokens, item),
-                     access_bytes(a.value, a.batch, a.heads, a.tokens, item))) {
+    switch (std::min(access_bytes(a.key, a.batch, a.heads, a.tokens, item_bytes(a.key_dtype)),
+                     access_bytes(a.value, a.batch, a.heads, a.tokens, item_bytes(a.value_dtype)))) {
         case 16: return launch_compact<uint4>(a, stream);
         case 8: return launch_compact<uint2>(a, stream);
         case 4: return launch_compact<unsigned>(a, stream);

@@ -54,7 +54,7 @@ struct Merge {
     const int *kept, *evicted, *pivot;  // [B, H, K], [B, H, E], [B, H, E] contiguous
     const float *evicted_weight;        // [B, H, E] contiguous
     const float *kept_weight;           // [B, H, K] contiguous
-    Dtype dtype;
+    Dtype key_dtype, value_dtype;
     int batch, heads, tokens, kept_size, evicted_size;
 };
 // How the evicted tokens of all rows are sorted and cut, and where that lies in the workspace (offsets in bytes).
@@ -78,7 +78,7 @@ cudaError_t merge(const Merge &arguments, void *workspace, std::size_t bytes, cu
 struct Compact {
     Rows key, value;
     const int *kept;  // [B, H, K] contiguous
-    Dtype dtype;
+    Dtype key_dtype, value_dtype;
     int batch, heads, tokens, kept_size;
 };
 // Bytes of a row that one block moves (32, 64 or 128): as many as leave every multiprocessor two blocks, 32 at least.

@@ -320,13 +320,22 @@ cudaError_t merge(const Merge &a, void *workspace, std::size_t bytes, cudaStream
     error = launch(starts_kernel, rows * start_blocks, kThreads, 0, stream, keys.Current(),
                    in_workspace<int>(workspace, plan.starts), a.kept_size, a.evicted_size, start_blocks);
     if (error != cudaSuccess) return error;
-    switch (a.dtype) {
-        case Dtype::kFloat16:
-            return sum_groups_of<__half>(a, plan, workspace, keys.Current(), places.Current(), stream);
-        case Dtype::kBFloat16:
-            return sum_groups_of<__nv_bfloat16>(a, plan, workspace, keys.Current(), places.Current(), stream);
-        default: return sum_groups_of<float>(a, plan, workspace, keys.Current(), places.Current(), stream);
-    }
+    const auto sum = [&](const Merge &part, Dtype dtype) {
+        switch (dtype) {
+            case Dtype::kFloat16:
+                return sum_groups_of<__half>(part, plan, workspace, keys.Current(), places.Current(), stream);
+            case Dtype::kBFloat16:
+                return sum_groups_of<__nv_bfloat16>(part, plan, workspace, keys.Current(), places.Current(), stream);
+            default: return sum_groups_of<float>(part, plan, workspace, keys.Current(), places.Current(), stream);
+        }
+    };
+    if (a.key_dtype == a.value_dtype) return sum(a, a.key_dtype);
+    // one after the other, each beside a tensor of width 0
+    Merge keys_alone = a, values_alone = a;
+    keys_alone.value = a.key, values_alone.key = a.value;
+    keys_alone.value.width = values_alone.key.width = 0;
+    error = sum(keys_alone, a.key_dtype);
+    return error != cudaSuccess ? error : sum(values_alone, a.value_dtype);
 }
 
 }  // namespace lookm

@@ -8,13 +8,14 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lookm_kernels import _native
+from lookm_kernels._ambient import without_autocast
 from lookm_kernels._checks import FP8
 
 BACKENDS = ("cuda", "triton", "reference")
@@ -39,10 +40,15 @@ def why_missing(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if _interpreted():
             return None
         return _why_no_gpu()
     return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _why_no_gpu() -> str | None:
@@ -58,9 +64,9 @@ def use_backend(backend: str) -> Iterator[None]:
     """Run every op inside the `with` block on one backend, on tensors of any device.
 
     Without it every op runs on the backend that was measured to be the fastest on the GPU, which is Triton's for all
-    that no other was measured for. What that does not take (float64, heads of more than 512) and everything on a CPU
-    runs on the reference. The environment variable LOOKM_BACKEND, read when an op is called first, does the same for a
-    whole process.
+    that no other was measured for. What that does not take (float64, heads of more than 512, bfloat16 in Triton's
+    interpreter) and everything on a CPU runs on the reference. The environment variable LOOKM_BACKEND, read when an op
+    is called first, does the same for a whole process.
 
     "cuda", the extension in CUDA C++, has selection, merge and compaction only: attention_scores and nearest_kept run
     on the default backend of the device then.
@@ -152,6 +158,8 @@ def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]
     reason = None if backend == "reference" else why_only_reference(*tensors)
     if backend == "cuda" and reason is None and device.type != _native.device_type():
         reason = f"it has no kernels for tensors on {device}"
+    if backend == "triton" and any(tensor.dtype == torch.bfloat16 for tensor in tensors) and _interpreted():
+        reason = "bfloat16, which its interpreter multiplies and rounds wrongly (TRITON_INTERPRET=1)"
     if reason is not None and chosen:
         raise ValueError(f"backend {backend}: {reason}")
     backend = backend if reason is None else "reference"
@@ -171,6 +179,12 @@ def _on_device(device: torch.device, function: Callable[..., Any], *arguments: A
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `lookm::<schema>` with its implementation for all devices and its shape function for tracing."""
     name = schema.partition("(")[0]
+
+    def alone(*arguments: Any) -> Any:
+        # None instead of a tensor is for the checks of `run` to refuse
+        with without_autocast(arguments[0].device) if arguments[0] is not None else nullcontext():
+            return run(*arguments)
+
     _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lookm::{name}", fake, lib=_library)

@@ -66,9 +66,10 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def rows(tensor: Tensor) -> tuple[int, tuple[int, int, int], int]:
-    """A tensor [B, H, N, D] with a unit last stride as the launchers take it: address, strides in elements, width."""
-    return tensor.data_ptr(), (tensor.stride(0), tensor.stride(1), tensor.stride(2)), tensor.shape[3]
+def rows(tensor: Tensor) -> tuple[int, tuple[int, int, int], int, int]:
+    """A tensor [B, H, N, D] with a unit last stride as the launchers take it: address, strides, D, tag of the dtype."""
+    strides = tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    return tensor.data_ptr(), strides, tensor.shape[3], DTYPES[tensor.dtype]
 
 
 def _extension() -> ModuleType:

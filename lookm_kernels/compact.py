@@ -19,7 +19,8 @@ def compact_(key: Tensor, value: Tensor, kept: Tensor) -> None:
     Rows K to N - 1 are left as they are.
 
     Args:
-        key, value: [B, H, N, D] and [B, H, N, Dv], one dtype, modified.
+        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, modified; they may differ in
+            dtype.
         kept: [B, H, K] int32, ascending, empty places (-1) first, as select_tokens gives it.
 
     Raises:
@@ -41,7 +42,7 @@ def _run(key: Tensor, value: Tensor, kept: Tensor) -> None:
     check_apart(key, value)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
-    implementation("compact_", "compact", key)(key, value, kept)
+    implementation("compact_", "compact", key, value)(key, value, kept)
 
 
 register("compact_(Tensor(a!) key, Tensor(b!) value, Tensor kept) -> ()", _run, _check)

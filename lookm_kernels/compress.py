@@ -30,7 +30,8 @@ def compress_(
     0 to K - 1 of key and value, K = max(keep), hold the compressed cache; the rows behind them hold nothing of use.
 
     Args:
-        key, value: [B, H, N, D] and [B, H, N, Dv], one dtype, keys after rotary embedding, modified.
+        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, keys after rotary embedding,
+            modified; they may differ in dtype, as under torch.autocast.
         scores: [B, H, N] float32 (or float64), from attention_scores.
         tier: [B, N] int32, selection classes (see select_tokens).
         keep: tokens to keep, one number or one per row.
@@ -70,8 +71,8 @@ def _run(
         pivot, similarity = implementation("nearest_kept", "nearest", key)(key, kept, evicted)
         weights = merge_weights(rule, similarity, pivot, kept, gate)
         del similarity
-        implementation("merge_", "merge", key)(key, value, kept, evicted, pivot, *weights)
-    implementation("compact_", "compact", key)(key, value, kept)
+        implementation("merge_", "merge", key, value)(key, value, kept, evicted, pivot, *weights)
+    implementation("compact_", "compact", key, value)(key, value, kept)
     return kept
 
 

@@ -35,7 +35,7 @@ def quantize_heads(x: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tens
         check_tensor("start", start, "B", (torch.int32,))
         check_shape("start", start, x.shape[:1], "B")
         check_device("x", x, start=start)
-        padding = torch.arange(x.shape[2], device=x.device) < start[:, None]
+        padding = torch.arange(x.shape[2], dtype=torch.long, device=x.device) < start[:, None]
         x = x.masked_fill(padding[:, None, :, None], 0.0)
     largest = x.abs().amax((2, 3)).float()
     exponent = torch.frexp(largest / torch.finfo(FP8).max).exponent.clamp(min=SMALLEST_EXPONENT)

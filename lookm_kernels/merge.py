@@ -34,11 +34,13 @@ def merge_(
 
         x_c <- kept_weight[c] * x_c + sum over the e with pivot c of evicted_weight[e] * x_e
 
-    Accumulated in float32 (float64 for float64) in the order of the evicted list and rounded once. Only the rows of
-    kept tokens are written, and of those only the ones that change; a token of weight 0 is not read.
+    Accumulated in float32 (float64 for a float64 tensor) in the order of the evicted list and rounded once, to the
+    tensor's own dtype. Only the rows of kept tokens are written, and of those only the ones that change; a token of
+    weight 0 is not read.
 
     Args:
-        key, value: [B, H, N, D] and [B, H, N, Dv], one dtype, modified.
+        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, modified; they may differ in
+            dtype, as under torch.autocast.
         kept, evicted: [B, H, K] and [B, H, E] int32 as select_tokens gives them; -1 marks an empty place.
         pivot: [B, H, E] int32, places in `kept` as nearest_kept gives them; -1 merges nowhere.
         evicted_weight, kept_weight: [B, H, E] and [B, H, K] float32 (float64 for float64 keys); see
@@ -62,7 +64,7 @@ def check_apart(key: Tensor, value: Tensor) -> None:
 def check_key_value(key: Tensor, value: Tensor) -> None:
     """A key and a value tensor of one cache layer that are about to be modified."""
     check_rows("key", key, "B H N D")
-    check_rows("value", value, "B H N Dv", (key.dtype,))
+    check_rows("value", value, "B H N Dv")
     require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N] = {list(key.shape[:3])} like `key`", value)
     check_device("key", key, value=value)
     check_in_place("key", key)
@@ -97,7 +99,7 @@ def _run(key: Tensor, value: Tensor, kept: Tensor, evicted: Tensor, pivot: Tenso
     check_ascending("kept", kept)
     check_indices("evicted", evicted, key.shape[2])
     check_indices("pivot", pivot, kept.shape[2])
-    implementation("merge_", "merge", key)(key, value, kept, evicted, pivot, *weights)
+    implementation("merge_", "merge", key, value)(key, value, kept, evicted, pivot, *weights)
 
 
 register(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lookm_kernels._ambient import without_autocast
 from lookm_kernels._checks import SCORE_DTYPES, check_call, check_indices, check_shape, check_tensor, require
 
 Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -91,7 +92,8 @@ def merge_weights(
     if kept.shape[-1] == 0:
         return torch.zeros_like(similarity), count
     count.scatter_add_(-1, place, merging.to(count.dtype))
-    evicted_weight, kept_weight = RULES[rule](similarity, count.gather(-1, place), count)
+    with without_autocast(similarity.device):
+        evicted_weight, kept_weight = RULES[rule](similarity, count.gather(-1, place), count)
     for which, weight, shape in (("first", evicted_weight, similarity.shape), ("second", kept_weight, kept.shape)):
         require(weight.shape == shape, "rule", f"a function whose {which} result is {list(shape)}", weight)
     return evicted_weight.masked_fill(~merging, 0.0), kept_weight

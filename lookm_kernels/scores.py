@@ -48,10 +48,11 @@ def attention_scores(
     Args:
         query: [B, Hq, M, D], after rotary embedding. Query i stands at position i + N - M (right-aligned), M <= N,
             unless query_position says otherwise.
-        key: [B, H, N, D], as cached; same dtype as query (float16, bfloat16, float32, float64 or float8_e4m3fn).
+        key: [B, H, N, D], as cached. Both float16, bfloat16, float32 or float64, of two dtypes the narrower becomes the
+            other, which is exact (float32 for float16 and bfloat16); or both float8_e4m3fn.
         scale: factor of the logits, positive; D ** -0.5 by default.
         causal: a query sees no key after its own position.
-        lse: [B, Hq, M] float32 (float64 for float64 inputs), natural-log sum of the exponentials of each query's
+        lse: [B, Hq, M] float32 (float64 if query or key is), natural-log sum of the exponentials of each query's
             visible logits, when known; computed otherwise.
         query_weight: [B, M] float32 (or float64): 1 by default; 0 leaves a query out.
         key_start: [B] int32, first position of each row that is not padding. Earlier keys are seen by nobody, earlier
@@ -65,7 +66,7 @@ def attention_scores(
             do it, on Hopper in fewer bits than float32 has.
 
     Returns:
-        [B, H, N] float32 (float64 for float64 inputs). A query that sees no key contributes nothing.
+        [B, H, N] float32 (float64 if query or key is). A query that sees no key contributes nothing.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
@@ -77,6 +78,11 @@ def attention_scores(
     return torch.ops.lookm.attention_scores(  # type: ignore[no-any-return]
         query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale
     )
+
+
+def _common_dtype(query: Tensor, key: Tensor) -> torch.dtype:
+    """The dtype that holds the numbers of both."""
+    return query.dtype if query.dtype == key.dtype else torch.promote_types(query.dtype, key.dtype)
 
 
 def _check(
@@ -96,14 +102,14 @@ def _check(
     check_rows("key", key, "B H N D", (*FLOAT_DTYPES, FP8))
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    require(key.dtype == query.dtype, "key", f"{query.dtype} like `query`", key)
+    require((key.dtype == FP8) == (query.dtype == FP8), "key", "float8_e4m3fn where `query` is, and only there", key)
     require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
     require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
     require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
     require(queries <= keys, "query", f"of at most as many tokens as `key` ({keys})", query)
     check_device("query", query, key=key, lse=lse, query_weight=query_weight, key_start=key_start, mask=mask)
     if lse is not None:
-        check_tensor("lse", lse, "B Hq M", (accumulation_dtype(query.dtype),))
+        check_tensor("lse", lse, "B Hq M", (accumulation_dtype(_common_dtype(query, key)),))
         check_shape("lse", lse, (batch, heads, queries), "B Hq M")
     if query_weight is not None:
         check_tensor("query_weight", query_weight, "B M", SCORE_DTYPES)
@@ -149,6 +155,8 @@ def _run(
     if head_scale is not None and head_scale.device.type == "cpu":
         require(not bool((head_scale <= 0).any()), "head_scale", "positive", head_scale.min().item())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = _common_dtype(query, key)
+    query, key = query.to(dtype), key.to(dtype)
     run = implementation("attention_scores", "scores", query)
     return run(  # type: ignore[no-any-return]
         query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale
@@ -157,7 +165,7 @@ def _run(
 
 def _fake(query: Tensor, key: Tensor, *options: Any) -> Tensor:
     _check(query, key, *options)
-    return query.new_empty(key.shape[:3], dtype=accumulation_dtype(query.dtype))
+    return query.new_empty(key.shape[:3], dtype=accumulation_dtype(_common_dtype(query, key)))
 
 
 register(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -19,8 +18,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACE_MATTERS = "numpy, which the interpreter multiplies with, rounds a product by its place; a GPU does not"
 # float64 is the reference's alone
 EXACT = (torch.float32,) if INTERPRETED else (torch.float32, torch.float64)
-_no_bfloat16 = pytest.mark.skipif(INTERPRETED, reason="wrong in Triton's interpreter: products of it, rounding to it")
-LOW_PRECISION = (torch.float16, pytest.param(torch.bfloat16, marks=_no_bfloat16))
+# bfloat16 is refused in Triton's interpreter: test_dispatch
+LOW_PRECISION = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
+# of keys and values, as a model has them under torch.autocast, and the other way round
+MIXED = [pair for dtype in LOW_PRECISION for pair in ((torch.float32, dtype), (dtype, torch.float32))]
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

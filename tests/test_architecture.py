@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 KERNELS, LOOKM, CSRC = ROOT / "lookm_kernels", ROOT / "python" / "lookm", ROOT / "csrc"
 OPS = {"scores", "select", "nearest", "merge", "compact", "compress"}
-LEAVES = {"lookm_kernels._checks", "lookm_kernels._version"}
+LEAVES = {"lookm_kernels._ambient", "lookm_kernels._checks", "lookm_kernels._version"}
 PUBLIC = {"lookm_kernels", "lookm_kernels.rules", "lookm_kernels._version"}
 
 

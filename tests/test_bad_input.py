@@ -11,13 +11,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from inputs import OPS, arguments, memory, public, same_bits, tensors_of
+from inputs import INTERPRETED, OPS, arguments, copied, memory, public, same_bits, tensors_of
+
+from lookm_kernels._checks import FP8
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 class Bad(NamedTuple):
-    """One argument of one op replaced by what `change` makes of it; `reads`: found in the values of a tensor."""
+    """One argument of one op replaced by what `change` makes of it.
+
+    reads: found in the values of a tensor; named: the argument that the error names, if another.
+    """
 
     op: str
     argument: str
@@ -26,6 +31,7 @@ class Bad(NamedTuple):
     expected: str
     came: str
     reads: bool = False
+    named: str = ""
 
 
 def first_set_to(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -62,7 +68,18 @@ BAD = (
             "attention_scores", "query", lambda x: x.repeat(1, 1, 2, 1), ValueError, "at most as many", "[2, 6, 18, 8]"
         ),
         Bad("attention_scores", "query", every_second_column, ValueError, "unit-stride in its last", "2)"),
-        Bad("attention_scores", "key", torch.Tensor.half, ValueError, "torch.float32 like `query`", "torch.float16"),
+        Bad(
+            "attention_scores",
+            "key",
+            lambda x: x.to(FP8),
+            ValueError,
+            "float8_e4m3fn where `query` is",
+            "float8_e4m3fn",
+        ),
+        Bad(
+            "attention_scores", "query", lambda x: x.to(FP8), ValueError, "float8_e4m3fn where", "float32", named="key"
+        ),
+        Bad("attention_scores", "key", torch.Tensor.int, TypeError, "float16 or bfloat16", "torch.int32 [2, 3, 13, 8]"),
         Bad("attention_scores", "key", lambda x: x[:, [0, 1, 2, 2]], ValueError, "divides the 6", "[2, 4, 13, 8]"),
         Bad("attention_scores", "key", lambda x: x[:1], ValueError, "batch size 2", "[1, 3, 13, 8]"),
         Bad("attention_scores", "key", lambda x: x[..., :7], ValueError, "head dimension 8", "[2, 3, 13, 7]"),
@@ -139,7 +156,6 @@ BAD = (
         Bad("nearest_kept", "key", lambda x: x[0], ValueError, "[B, H, N, D]", "[3, 13, 8]"),
         Bad("nearest_kept", "key", lambda x: x[..., :0], ValueError, "without an empty dimension", "[2, 3, 13, 0]"),
         Bad("nearest_kept", "key", torch.Tensor.bool, TypeError, "float16 or bfloat16", "torch.bool"),
-        Bad("merge_", "value", torch.Tensor.half, TypeError, "float32", "torch.float16"),
         Bad("merge_", "value", lambda x: x[:, :, :12], ValueError, "[2, 3, 13] like `key`", "[2, 3, 12, 5]"),
         Bad("merge_", "pivot", lambda x: x[..., 1:], ValueError, "[B, H, E]", "int32 [2, 3, 7]"),
         Bad("merge_", "kept", lambda x: x.flip(-1), ValueError, "strictly ascending", "int32 [2, 3, 6]", reads=True),
@@ -175,7 +191,7 @@ def test_wrong_argument(device: torch.device, bad: Bad) -> None:
     given = arguments(bad.op, device)
     wrong = bad.change(given[bad.argument])
     given[bad.argument] = wrong.to(device) if isinstance(wrong, torch.Tensor) else wrong
-    check(bad.op, given, bad.error, bad.argument, bad.expected, bad.came)
+    check(bad.op, given, bad.error, bad.named or bad.argument, bad.expected, bad.came)
 
 
 @pytest.mark.parametrize(("op", "argument"), TENSORS)
@@ -213,3 +229,15 @@ def test_a_gradient(device: torch.device, op: str, argument: str) -> None:
     given = arguments(op, device)
     given[argument].requires_grad_()
     check(op, given, ValueError, argument, "not require a gradient", "requires_grad=True")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a process either interprets or compiles")
+@pytest.mark.parametrize(("op", "argument"), [pair for pair in TENSORS if pair[1] in ("key", "value")])
+def test_bfloat16_in_the_interpreter_of_triton(device: torch.device, op: str, argument: str) -> None:
+    """Its products of bfloat16 are garbage."""
+    given = arguments(op, device)
+    given |= {name: x.bfloat16() for name, x in given.items() if name in ("query", argument)}
+    before = copied(given)
+    with pytest.raises(ValueError, match="backend triton: bfloat16, which its interpreter multiplies and rounds"):
+        public(op)(**given)
+    assert all(same_bits(x, before[name]) for name, x in tensors_of(given).items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import EXACT, LAYOUTS, laid_out, memory, only_written, random, same_bits, tiers
+from inputs import EXACT, LAYOUTS, LOW_PRECISION, MIXED, laid_out, memory, only_written, random, same_bits, tiers
 from torch import Tensor
 
 from lookm_kernels import compact_, select_tokens
@@ -34,11 +34,18 @@ def test_moves_rows(device: torch.device, data: st.DataObject) -> None:
     batch, heads, tokens, width, value_width = (data.draw(st.integers(1, top)) for top in (2, 2, 20, 9, 9))
     keep = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
     seed, layout = data.draw(st.integers(0, 2**31)), st.sampled_from(LAYOUTS)
-    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, *EXACT]))
-    key = laid_out(random(seed, batch, heads, tokens, width, dtype=dtype, device=device), data.draw(layout))
-    value = laid_out(random(seed + 1, batch, heads, tokens, value_width, dtype=dtype, device=device), data.draw(layout))
+    shape, dtype = (batch, heads, tokens), st.sampled_from([*LOW_PRECISION, *EXACT])
+    key = laid_out(random(seed, *shape, width, dtype=data.draw(dtype), device=device), data.draw(layout))
+    value = laid_out(random(seed + 1, *shape, value_width, dtype=data.draw(dtype), device=device), data.draw(layout))
     tier = tiers(seed, batch, tokens, device)
     check(key, value, select_tokens(random(seed, batch, heads, tokens, device=device), tier, keep)[0])
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+def test_each_in_its_own_dtype(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    key = laid_out(random(0, 2, 2, 255, 64, dtype=dtypes[0], device=device), "heads_last")
+    value = laid_out(random(1, 2, 2, 255, 24, dtype=dtypes[1], device=device), "window")
+    check(key, value, select_tokens(random(2, 2, 2, 255, device=device), tiers(0, 2, 255, device), [60, 50])[0])
 
 
 @pytest.mark.parametrize(("tokens", "keep"), [(1, 1), (17, 16), (255, 17), (507, 255)])

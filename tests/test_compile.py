@@ -57,6 +57,9 @@ def launch_all(float8: bool) -> None:
             scores.attention_scores(query, key, *every_flag)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
+    # as torch.autocast gives them
+    key, value = empty(BATCH, HEADS, TOKENS, 80), empty(BATCH, HEADS, TOKENS, 80, dtype=torch.bfloat16)
+    merge.merge_(key, value, kept, evicted, evicted, evicted.float(), kept.float())
     for keep in ([KEPT], [KEPT] * BATCH):
         select.select_tokens(empty(BATCH, HEADS, TOKENS), empty(BATCH, TOKENS, dtype=torch.int32), keep)
     # sizes of 1 become constants

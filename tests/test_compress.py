@@ -135,6 +135,20 @@ def test_low_precision_rounds_once(
         torch.testing.assert_close(ours, goal, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize(("rule", "gate"), VARIANTS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_values_of_another_dtype(device: torch.device, dtype: torch.dtype, rule: str, gate: str | None) -> None:
+    """Keys and the choice of tokens are those beside values of the keys' dtype; the values are rounded once."""
+    key, value = random(0, 2, 3, 255, 64, device=device), random(1, 2, 3, 255, 24, dtype=dtype, device=device)
+    exact = key.clone(), value.float()
+    call = random(2, 2, 3, 255, device=device), tiers(0, 2, 255, device), [60, 50], rule, gate
+    kept = compress_(key, value, *call)
+    assert same_bits(kept, compress_(*exact, *call))
+    for x, goal in zip((key, value), exact, strict=True):
+        ours, goal = x[:, :, :60].float(), goal[:, :, :60]
+        torch.testing.assert_close(ours, goal, rtol=torch.finfo(x.dtype).eps, atol=1e-6)
+
+
 def test_no_scores_worth_the_name(device: torch.device) -> None:
     """NaN in every score: the lowest indices of the highest tier stay, and the cache stays finite."""
     key, value = (random(seed, 1, 2, 17, 8, device=device) for seed in (0, 1))

@@ -187,6 +187,24 @@ def test_triton_refuses_wider_heads_than_it_has_configurations_for() -> None:
         nearest_kept(key, *lists)
 
 
+def test_triton_refuses_bfloat16_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any tensor; without being asked for, it leaves it to the reference."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_dispatch, "why_missing", lambda backend: None)
+    chosen: list[str] = []
+    monkeypatch.setattr(importlib, "import_module", lambda name: chosen.append(name) or SimpleNamespace(merge_=None))
+    key, value = random(0, 1, 1, 2, 4), random(1, 1, 1, 2, 4, dtype=torch.bfloat16)
+    message = r"backend triton: bfloat16, which its interpreter multiplies and rounds wrongly \(TRITON_INTERPRET=1\)"
+    with use_backend("triton"):
+        implementation("merge_", "merge", key, value.half())
+        for tensors in ((key, value), (value, key)):
+            with pytest.raises(ValueError, match=message):
+                implementation("merge_", "merge", *tensors)
+    monkeypatch.setattr(_dispatch, "preferred_backend", lambda module, device: "triton")
+    implementation("merge_", "merge", key, value)
+    assert chosen == ["lookm_kernels.triton.merge", "lookm_kernels.reference.merge"]
+
+
 @pytest.fixture
 def load_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`_native.load` forgets what it found, before the test and after it."""
@@ -223,14 +241,14 @@ def test_the_real_extension_without_a_gpu() -> None:
     assert _native.device_type() == "cuda"
     assert why_missing("cuda") == "torch sees no GPU"
     module = _native.load()
-    rows = (256, (64, 64, 8), 8)
+    rows = (256, (64, 64, 8), 8, 0)
     with pytest.raises(RuntimeError, match=r"select \(B=1 H=8 N=32768 K=5 E=32763\): .+ \[cudaError\w+\]"):
         module.select(256, 256, 0, 256, 256, 1, 8, 32768, 5, 5, 32763, 0)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"merge's workspace \(B=1 H=8 K=5 E=32763\): .+ \[cudaError\w+\]"):
         module.merge_workspace(1, 8, 5, 32763, 8, 8)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"merge \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
-        module.merge(*rows, *rows, *(5 * [256]), 0, 1, 8, 9, 3, 6, 256, 1 << 20, 0)  # type: ignore[union-attr]
+        module.merge(rows, rows, *(5 * [256]), 1, 8, 9, 3, 6, 256, 1 << 20, 0)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"kernels \(on the current device\): .+ \[cudaError\w+\]"):
         module.can_run()  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"compact \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
-        module.compact(*rows, *rows, 256, 0, 1, 8, 9, 3, 0)  # type: ignore[union-attr]
+        module.compact(rows, rows, 256, 1, 8, 9, 3, 0)  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import EXACT, LAYOUTS, LOW_PRECISION, laid_out, memory, only_written, random, same_bits, tiers
+from inputs import EXACT, LAYOUTS, LOW_PRECISION, MIXED, laid_out, memory, only_written, random, same_bits, tiers
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -67,13 +67,14 @@ def merged(x: Tensor, merge: Merge) -> Tensor:
     return torch.where(changed(x, merge), out.scatter(2, target, own + spread.mT @ moving)[:, :, :-1], x)
 
 
-def check(key: Tensor, value: Tensor, merge: Merge, tolerance: float) -> None:
+def check(key: Tensor, value: Tensor, merge: Merge) -> None:
     """Values by the equation in float64; every place that should not change keeps its bits, around the tensors too."""
     tensors = (key, value)
     before = [memory(x).clone() for x in tensors]
     expected = [merged(x.double(), merge) for x in tensors]
     assert merge_(key, value, *merge) is None
     for x, was, goal in zip(tensors, before, expected, strict=True):
+        tolerance = 1e-12 if x.dtype == torch.float64 else 1e-5
         torch.testing.assert_close(x.double(), goal, rtol=tolerance, atol=tolerance)
         assert only_written(x, was, changed(x, merge).expand_as(x))
 
@@ -83,10 +84,25 @@ def test_equals_the_equation(device: torch.device, data: st.DataObject) -> None:
     batch, heads, tokens, width, value_width = (data.draw(st.integers(1, top)) for top in (2, 3, 30, 9, 9))
     keep = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
     seed, layout = data.draw(st.integers(0, 2**31)), st.sampled_from(LAYOUTS)
-    dtype = data.draw(st.sampled_from(EXACT))
-    key = laid_out(random(seed, batch, heads, tokens, width, dtype=dtype, device=device), data.draw(layout))
-    value = laid_out(random(seed + 1, batch, heads, tokens, value_width, dtype=dtype, device=device), data.draw(layout))
-    check(key, value, some_merge(seed, key, keep), 1e-5 if dtype == torch.float32 else 1e-12)
+    shape, dtype = (batch, heads, tokens), st.sampled_from(EXACT)
+    key = laid_out(random(seed, *shape, width, dtype=data.draw(dtype), device=device), data.draw(layout))
+    value = laid_out(random(seed + 1, *shape, value_width, dtype=data.draw(dtype), device=device), data.draw(layout))
+    check(key, value, some_merge(seed, key, keep))
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["spread", "hub"])
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+def test_each_in_its_own_dtype(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], hub: bool) -> None:
+    """Summed in float32 and rounded once to the dtype of the tensor, whatever that of the other; nothing else moves."""
+    key = laid_out(random(0, 2, 2, 507, 64, dtype=dtypes[0], device=device), "heads_last")
+    value = laid_out(random(1, 2, 2, 507, 24, dtype=dtypes[1], device=device), "window")
+    merge = some_merge(0, key, [60, 50], hub)
+    before, exact = [memory(x).clone() for x in (key, value)], [x.float() for x in (key, value)]
+    merge_(key, value, *merge)
+    merge_(*exact, *merge)
+    for x, was, goal in zip((key, value), before, exact, strict=True):
+        torch.testing.assert_close(x.float(), goal, rtol=torch.finfo(x.dtype).eps, atol=1e-6)
+        assert only_written(x, was, changed(x, merge).expand_as(x))
 
 
 @pytest.mark.parametrize("hub", [False, True], ids=["spread", "hub"])
@@ -107,17 +123,18 @@ def test_no_less_exact_than_torch(device: torch.device, tokens: int, keep: int, 
 def test_wide_rows(device: torch.device) -> None:
     """So wide that each of the heads is a block of its own."""
     key, value = random(0, 1, 3, 4400, 4, device=device), random(1, 1, 3, 4400, 1000, device=device)
-    check(key, value, some_merge(0, key, [1500]), 1e-5)
+    check(key, value, some_merge(0, key, [1500]))
 
 
 def test_rounds_once(device: torch.device) -> None:
-    """Thousands of small rows: rounded one by one to bfloat16 they would all be lost."""
-    key = torch.full((1, 1, 4001, 2), 2.0**-9, dtype=torch.bfloat16, device=device)
+    """Thousands of small rows: rounded one by one to 16 bits they would be lost."""
+    dtype = LOW_PRECISION[-1]
+    key = torch.full((1, 1, 4001, 2), 2.0**-9, dtype=dtype, device=device)
     key[:, :, 0] = 1.0
     tokens = torch.arange(4001, dtype=torch.int32, device=device)[None, None]
     pivot, weight = torch.zeros_like(tokens[..., 1:]), torch.ones(1, 1, 4000, device=device)
     merge_(key, key.clone(), tokens[..., :1], tokens[..., 1:], pivot, weight, weight[..., :1])
-    assert bool((key[:, :, 0] == torch.tensor(1 + 4000 * 2.0**-9, device=device).bfloat16()).all())
+    assert bool((key[:, :, 0] == torch.tensor(1 + 4000 * 2.0**-9, device=device, dtype=dtype)).all())
 
 
 def test_a_token_of_weight_zero_is_not_read(device: torch.device) -> None:

@@ -68,9 +68,10 @@ def test_selection_in_any_order(csrc: Emulator, tokens: int, keep: float, shared
         assert same_bits(ours, goal[place % 2])
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype) -> None:
+def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
     """A hub of several tiles, one whole tile with ends on both sides, and short runs."""
     tokens, kept_size = 900, 40
     evicted_size = tokens - kept_size
@@ -80,25 +81,26 @@ def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype) -
     order = torch.arange(tokens, dtype=torch.int32).expand(1, 2, -1)
     given = {
         "key": laid_out(random(0, 1, 2, tokens, 48, dtype=dtype), layout),
-        "value": laid_out(random(1, 1, 2, tokens, 264, dtype=dtype), layout),
+        "value": laid_out(random(1, 1, 2, tokens, 264, dtype=value_dtype), layout),
         "kept": order[..., :kept_size],
         "evicted": order[..., kept_size:],
         "pivot": pivot.roll(13).expand(1, 2, -1),
         "evicted_weight": random(2, 1, 2, evicted_size).abs() / 100,
         "kept_weight": random(3, 1, 2, kept_size),
     }
-    check_all_orders(csrc, "merge_", given, max(1e-5, 2 * torch.finfo(dtype).eps))
+    check_all_orders(csrc, "merge_", given, max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps))
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("empty", [0, 300, 700])
-def test_compaction_in_any_order(csrc: Emulator, empty: int, layout: str) -> None:
+def test_compaction_in_any_order(csrc: Emulator, empty: int, layout: str, value_dtype: torch.dtype) -> None:
     """With moves to the right, to the left and of nothing, further than a step of a block."""
     tokens = 2600
     kept = torch.cat([torch.full((empty,), -1), torch.arange(0, 500), torch.arange(1300, tokens)]).int()
     given = {
         "key": laid_out(random(0, 1, 2, tokens, 72).half(), layout),
-        "value": laid_out(random(1, 1, 2, tokens, 36).half(), layout),
+        "value": laid_out(random(1, 1, 2, tokens, 36, dtype=value_dtype), layout),
         "kept": kept.expand(1, 2, -1),
     }
     check_all_orders(csrc, "compact_", given)
@@ -160,16 +162,16 @@ def test_compaction_is_cut_to_fill_the_gpu(csrc: Emulator, rows: int, widths: tu
 
 
 @pytest.mark.parametrize(
-    ("address", "strides", "width", "sizes", "item", "widest"),
+    ("address", "strides", "width", "sizes", "dtype", "widest"),
     [
-        (256, (8192, 4096, 64), 64, (2, 2, 64), 2, 16),
-        (264, (8192, 4096, 64), 64, (2, 2, 64), 2, 8),
-        (256, (8192, 4096, 66), 64, (2, 2, 64), 2, 4),
-        (256, (8192, 4096, 66), 64, (2, 2, 1), 2, 16),
-        (256, (8192, 4097, 64), 64, (2, 2, 64), 2, 2),
-        (256, (8193, 4096, 64), 64, (1, 2, 64), 2, 16),
-        (256, (8192, 4096, 80), 5, (2, 2, 64), 4, 4),
-        (258, (8192, 4096, 80), 80, (2, 2, 64), 2, 2),
+        (256, (8192, 4096, 64), 64, (2, 2, 64), torch.float16, 16),
+        (264, (8192, 4096, 64), 64, (2, 2, 64), torch.float16, 8),
+        (256, (8192, 4096, 66), 64, (2, 2, 64), torch.float16, 4),
+        (256, (8192, 4096, 66), 64, (2, 2, 1), torch.float16, 16),
+        (256, (8192, 4097, 64), 64, (2, 2, 64), torch.float16, 2),
+        (256, (8193, 4096, 64), 64, (1, 2, 64), torch.float16, 16),
+        (256, (8192, 4096, 80), 5, (2, 2, 64), torch.float32, 4),
+        (258, (8192, 4096, 80), 80, (2, 2, 64), torch.float16, 2),
     ],
 )
 def test_the_widest_access(
@@ -178,11 +180,11 @@ def test_the_widest_access(
     strides: tuple[int, int, int],
     width: int,
     sizes: tuple[int, int, int],
-    item: int,
+    dtype: torch.dtype,
     widest: int,
 ) -> None:
     """By the address, the strides that are used, and the width; a stride of a dimension of size 1 is not used."""
-    assert csrc.module.access_bytes(address, strides, width, *sizes, item) == widest
+    assert csrc.module.access_bytes((address, strides, width, _native.DTYPES[dtype]), *sizes) == widest
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_the_widest_access(
     [
         ("select_tokens", r"select \(B=2 H=3 N=13 K=6 E=8\)"),
         ("merge_", r"merge's workspace \(B=2 H=3 K=6 E=8\)"),
-        ("compact_", r"compact \(B=2 H=3 N=13 K=6 D=8 Dv=5 of 4 bytes\)"),
+        ("compact_", r"compact \(B=2 H=3 N=13 K=6 D=8 of 4 bytes Dv=5 of 4 bytes\)"),
     ],
 )
 def test_an_error_of_cuda_names_kernel_and_shapes(csrc: Emulator, op: str, shapes: str) -> None:
@@ -203,16 +205,18 @@ def test_an_error_of_cuda_names_kernel_and_shapes(csrc: Emulator, op: str, shape
 
 def test_a_failing_merge_names_its_shapes(csrc: Emulator) -> None:
     """Its launch, after its workspace was found."""
-    rows = (0, (0, 0, 0), 8)
+    key, value = ((0, (0, 0, 0), 8, _native.DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16))
     csrc.configure(error=1)
-    with pytest.raises(RuntimeError, match=r"merge \(B=1 H=2 N=9 K=3 D=8 Dv=8 of 2 bytes E=4\): invalid argument"):
-        csrc.module.merge(*rows, *rows, *(5 * [0]), 0, 1, 2, 9, 3, 4, 0, 0, 0)
+    message = r"merge \(B=1 H=2 N=9 K=3 D=8 of 4 bytes Dv=8 of 2 bytes E=4\): invalid argument"
+    with pytest.raises(RuntimeError, match=message):
+        csrc.module.merge(key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
 
 
 def test_an_unknown_dtype_is_refused(csrc: Emulator) -> None:
-    rows = (0, (0, 0, 0), 8)
-    with pytest.raises(ValueError, match="`dtype` must be 0, 1 or 2, got 3"):
-        csrc.module.compact(*rows, *rows, 0, 3, 1, 1, 9, 3, 0)
+    known, unknown = ((0, (0, 0, 0), 8, tag) for tag in (0, 3))
+    for rows in ((known, unknown), (unknown, known)):
+        with pytest.raises(ValueError, match="`dtype` must be 0, 1 or 2, got 3"):
+            csrc.module.compact(*rows, 0, 1, 1, 9, 3, 0)
 
 
 def test_the_backend_is_there_with_its_ops_only(csrc: Emulator) -> None:

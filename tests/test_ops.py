@@ -55,6 +55,13 @@ def test_opcheck(device: torch.device, op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.lookm, op).default, tuple(given.values()))
 
 
+@pytest.mark.parametrize(("op", "other"), [("attention_scores", "query"), *((op, "value") for op in OPS[3:])])
+def test_opcheck_of_two_dtypes(device: torch.device, op: str, other: str) -> None:
+    given = arguments(op, device)
+    given[other] = given[other].to(LOW_PRECISION[-1])
+    torch.library.opcheck(getattr(torch.ops.lookm, op).default, tuple(given.values()))
+
+
 def test_opcheck_of_the_defaults(device: torch.device) -> None:
     given = arguments("attention_scores", device)
     defaults = (given["query"], given["key"], None, True, *[None] * 7)
@@ -136,7 +143,7 @@ def test_the_same_bits_twice(device: torch.device, op: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
 @pytest.mark.usefixtures("as_in_production")
-@pytest.mark.parametrize("dtype", [LOW_PRECISION[1], torch.float32])
+@pytest.mark.parametrize("dtype", [LOW_PRECISION[-1], torch.float32])
 def test_a_large_layer_gives_the_same_bits_twice(device: torch.device, dtype: torch.dtype) -> None:
     """Several blocks, several threads, and one hub that most tokens merge into."""
     query = random(0, 1, 32, 700, 32, dtype=dtype, device=device)

@@ -59,8 +59,9 @@ def run_all() -> None:
                 key, value = (random(seed, 2, 2, tokens, width, dtype=dtype) for seed in (0, 1))
                 pivot = torch.where(evicted >= 0, kept.shape[2] - 1, -1).int()
                 weights = random(2, *evicted.shape), random(3, *kept.shape)
-                merge_(key, value, kept, evicted, pivot, *weights)
-                compact_(key, value, kept)
+                for values in (value, value.half()):
+                    merge_(key, values, kept, evicted, pivot, *weights)
+                    compact_(key, values, kept)
 
 
 if __name__ == "__main__":

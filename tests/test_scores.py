@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import EXACT, LAYOUTS, LOW_PRECISION, laid_out, random, same_bits
+from inputs import EXACT, LAYOUTS, LOW_PRECISION, MIXED, laid_out, random, same_bits
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -147,6 +147,19 @@ def test_no_less_exact_than_torch(device: torch.device, queries: int, tokens: in
     exact = summed(materialised(query.double(), key.double()), 16)
     error = (attention_scores(query, key) - exact).abs().max()
     assert error <= (summed(materialised(query, key), 16) - exact).abs().max() + 1e-6 * exact.max()
+
+
+@pytest.mark.parametrize("dtypes", [*MIXED, *[LOW_PRECISION] * (len(LOW_PRECISION) - 1)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_query_and_a_key_of_two_dtypes(
+    device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], layout: str
+) -> None:
+    """Nothing is rounded: the bits of the same numbers in float32."""
+    query, key = (
+        laid_out(random(heads, 2, heads, 33, 16, dtype=dtype, device=device), layout)
+        for heads, dtype in zip((4, 2), dtypes, strict=True)
+    )
+    assert same_bits(attention_scores(query, key), attention_scores(query.float(), key.float()))
 
 
 def test_large_logits_do_not_overflow(device: torch.device) -> None:

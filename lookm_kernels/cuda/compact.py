@@ -12,6 +12,6 @@ def compact_(key: Tensor, value: Tensor, kept: Tensor) -> None:
     batch, heads, tokens, _ = key.shape
     kept = kept.contiguous()
     _native.call(
-        "compact", *_native.rows(key), *_native.rows(value), kept.data_ptr(), _native.DTYPES[key.dtype],
-        batch, heads, tokens, kept.shape[2], _native.stream(key.device),
+        "compact", _native.rows(key), _native.rows(value), kept.data_ptr(), batch, heads, tokens, kept.shape[2],
+        _native.stream(key.device),
     )  # fmt: skip

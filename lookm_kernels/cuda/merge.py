@@ -27,7 +27,6 @@ def merge_(
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=key.device)
     lists = [x.contiguous() for x in (kept, evicted, pivot, evicted_weight, kept_weight)]
     _native.call(
-        "merge", *_native.rows(key), *_native.rows(value), *(x.data_ptr() for x in lists),
-        _native.DTYPES[key.dtype], batch, heads, tokens, kept_size, evicted_size, workspace.data_ptr(), workspace_bytes,
-        _native.stream(key.device),
+        "merge", _native.rows(key), _native.rows(value), *(x.data_ptr() for x in lists), batch, heads, tokens,
+        kept_size, evicted_size, workspace.data_ptr(), workspace_bytes, _native.stream(key.device),
     )  # fmt: skip

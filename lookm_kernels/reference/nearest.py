@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lookm_kernels._ambient import whole_products
 from lookm_kernels._checks import accumulation_dtype
 from lookm_kernels.reference._blocks import rows_per_block
 
@@ -23,7 +24,8 @@ def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Te
         kept_key, empty = _unit(_take(key[row], listed)), listed < 0
         first_equal = _first_equal(kept_key, empty)
         for part in torch.split(evicted[row, :, begin:], rows_per_block(listed.numel()), dim=-1):
-            cosine = _unit(_take(key[row], part)) @ kept_key.transpose(1, 2)
+            with whole_products(key.device):
+                cosine = _unit(_take(key[row], part)) @ kept_key.transpose(1, 2)
             cosine.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).masked_fill_(empty[:, None], float("-inf"))
             best, place = cosine.max(-1)
             merges = (part >= 0) & best.isfinite()
@@ -58,8 +60,9 @@ def _first_equal(unit: Tensor, empty: Tensor) -> Tensor:
     # adding 0 turns -0 into 0; whole numbers sum to the same in any order
     bits = (unit + 0.0).view(torch.int64 if unit.dtype == torch.float64 else torch.int32)
     bits = torch.cat([bits, empty[..., None].to(bits.dtype)], -1)
-    order = (bits * torch.arange(1, 2 * bits.shape[-1], 2, device=bits.device)).sum(-1).argsort(stable=True)
+    factors = torch.arange(1, 2 * bits.shape[-1], 2, dtype=torch.long, device=bits.device)
+    order = (bits * factors).sum(-1).argsort(stable=True)
     sorted_bits = bits.gather(1, order[..., None].expand_as(bits))
     starts = pad((sorted_bits[:, 1:] != sorted_bits[:, :-1]).any(-1), (1, 0), value=True)
-    group = torch.arange(order.shape[-1], device=bits.device).where(starts, 0).cummax(-1).values
+    group = torch.arange(order.shape[-1], dtype=torch.long, device=bits.device).where(starts, 0).cummax(-1).values
     return torch.empty_like(order).scatter_(-1, order, order.gather(-1, group))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lookm_kernels._ambient import whole_products
 from lookm_kernels._checks import accumulation_dtype
 from lookm_kernels.reference._blocks import rows_per_block
 
@@ -29,21 +30,22 @@ def attention_scores(
     for row, start in enumerate(starts):
         if start == tokens:
             continue
-        own = torch.arange(queries, device=query.device) + (tokens - queries)
+        own = torch.arange(queries, dtype=torch.long, device=query.device) + (tokens - queries)
         position = (own if query_position is None else query_position[row].long()) - start
         # they ascend: padding and empty places come first
         first = int((position < 0).sum())
-        scores[row, :, start:] = _row_scores(
-            query[row, :, first:],
-            key[row, :, start:],
-            position[first:],
-            scale if head_scale is None else scale * head_scale[row],
-            causal,
-            None if lse is None else lse[row, :, first:],
-            None if query_weight is None else query_weight[row, first:],
-            None if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:],
-            softcap,
-        )
+        with whole_products(query.device):
+            scores[row, :, start:] = _row_scores(
+                query[row, :, first:],
+                key[row, :, start:],
+                position[first:],
+                scale if head_scale is None else scale * head_scale[row],
+                causal,
+                None if lse is None else lse[row, :, first:],
+                None if query_weight is None else query_weight[row, first:],
+                None if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:],
+                softcap,
+            )
     return scores
 
 
@@ -67,7 +69,9 @@ def _row_scores(
     dtype = accumulation_dtype(query.dtype)
     key_columns = key.to(dtype).contiguous().transpose(1, 2)
     scores = torch.zeros(kv_heads, tokens, dtype=dtype, device=query.device)
-    used = torch.arange(queries, device=query.device) if query_weight is None else query_weight.nonzero()[:, 0]
+    used = torch.arange(queries, dtype=torch.long, device=query.device)
+    if query_weight is not None:
+        used = query_weight.nonzero()[:, 0]
     block = rows_per_block(heads * tokens)
     for begin in range(0, used.shape[0], block):
         rows = slice(begin, begin + block) if query_weight is None else used[begin : begin + block]
@@ -83,7 +87,7 @@ def _row_scores(
             logits.div_(softcap).tanh_().mul_(softcap)
         if causal:
             first = int(here[0]) + 1
-            future = torch.arange(first, seen, device=query.device) > here[:, None]
+            future = torch.arange(first, seen, dtype=torch.long, device=query.device) > here[:, None]
             logits[:, :, first:].masked_fill_(future, float("-inf"))
         if mask is not None:
             logits.masked_fill_(~mask[:, rows, :seen], float("-inf"))

@@ -134,7 +134,7 @@ def merge_(
     widths = (key.shape[3], value.shape[3])
     sums = key.new_empty((batch, heads, tiles, sum(widths)), dtype=torch.float32)
     strides = (*key.stride()[:3], *value.stride()[:3])
-    blocks = {"BLOCK_DK": padded_width(widths[0], key.dtype), "BLOCK_DV": padded_width(widths[1], key.dtype)}
+    blocks = {"BLOCK_DK": padded_width(widths[0], key.dtype), "BLOCK_DV": padded_width(widths[1], value.dtype)}
     lists = (order, evicted.contiguous(), evicted_weight.contiguous())
     _tile_kernel[(tiles * batch * heads,)](
         key, value, ordered, *lists, sums, *strides, heads, kept_size, evicted_size, tiles, *widths,

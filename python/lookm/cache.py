@@ -94,7 +94,13 @@ class LookMCache(DynamicCache):
         recent: float | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config=check_config(outermost(model).config))
+        config = check_config(outermost(model).config)
+        try:
+            super().__init__(config=config)
+        except AttributeError as error:
+            raise NotImplementedError(
+                f"lookm: transformers makes no DynamicCache for {config.model_type}: {error}"
+            ) from error
         if later_turns is not None and later_turns not in LATER_TURNS:
             raise ValueError(f"`later_turns` must be one of {LATER_TURNS}, got {later_turns!r}")
         if prompt_length is not None and not (is_count(prompt_length) and prompt_length >= 1):

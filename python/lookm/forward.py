@@ -28,7 +28,8 @@ class Forward:
     length: tokens of the last forward that said what it reads; own_mask: it brought a mask in 4D.
     hidden: [B, tokens before] bool, tokens that were read as visible and that this forward's mask hides; None: none.
     hidden_places: [B, stored] bool, the same where all layers and heads store them at one place.
-    plain: the mask that the overlay made for this forward, where it is causal and padded and nothing else.
+    plain: masks that the overlay made for this forward, causal and padded and nothing else.
+    sound: masks that let every new token see all that is stored; restricted: some made for this forward do not.
     shared: what the first layer made for all of them (see once).
     """
 
@@ -45,12 +46,14 @@ class Forward:
     valid: Tensor | None = None
     hidden: Tensor | None = None
     hidden_places: Tensor | None = None
-    plain: weakref.ref[Any] | None = None
+    plain: list[weakref.ref[Any]] = field(default_factory=list)
+    sound: list[weakref.ref[Any]] = field(default_factory=list)
+    restricted: bool = False
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own: weak references cannot be copied
-        return self.__dict__ | {"shared": {}, "plain": None}
+        return self.__dict__ | {"shared": {}, "plain": [], "sound": []}
 
     def begin(self, seen: int, length: int, media: Tensor | None, own_mask: bool = False) -> None:
         """The model is about to read `length` tokens from position `seen` on; media None: all of them are text."""
@@ -59,8 +62,13 @@ class Forward:
 
     def forget(self) -> None:
         """No forward was seen yet."""
-        self.begun = self.media = self.masked = self.valid = self.hidden = self.hidden_places = self.plain = None
+        self.begun = self.media = self.masked = None
         self.length = 0
+        self._forget_masks()
+
+    def _forget_masks(self) -> None:
+        self.valid = self.hidden = self.hidden_places = None
+        self.plain, self.sound, self.restricted = [], [], False
         self.shared.clear()
 
     def reset(self) -> None:
@@ -69,18 +77,26 @@ class Forward:
         self.model, self.complete = None, True
 
     def mask(self, seen: int, length: int, valid: Tensor | None) -> None:
-        """The padding mask of the `length` tokens from position `seen` on."""
+        """The padding mask of the `length` tokens from position `seen` on; a model may ask for several masks."""
+        if self.masked != (seen, length):
+            self._forget_masks()
         self.masked, self.valid = (seen, length), valid
-        self.hidden = self.hidden_places = self.plain = None
         self.shared.clear()
 
-    def note_plain(self, mask: Any) -> None:
-        """The overlay made this mask: causal and padded, nothing else. None is known by itself."""
-        self.plain = None if mask is None else weakref.ref(mask)
+    def note(self, mask: Any, plain: bool, sound: bool) -> None:
+        """The overlay made this mask."""
+        self.restricted |= not sound
+        if mask is not None:
+            self.plain += [weakref.ref(mask)] if plain else []
+            self.sound += [weakref.ref(mask)] if sound else []
 
     def is_plain(self, mask: Any) -> bool:
-        """Whether an attention call got the very mask that the overlay made, and that one is plain."""
-        return self.plain is not None and self.plain() is mask
+        """Whether an attention call got a very mask that the overlay made, and that one is plain."""
+        return any(made() is mask for made in self.plain)
+
+    def is_sound(self, mask: Any) -> bool:
+        """Whether an attention call over a compressed cache lets its queries see all of it."""
+        return not self.restricted or mask is None or any(made() is mask for made in self.sound)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives the first layer of this forward that asks under this key, for the others too."""

@@ -52,7 +52,8 @@ class LookMLayer(DynamicLayer):
     keys, values [B, H, stored, D]; valid [B, stored] bool or None: stored places that are no padding (a shorter row has
     empty places first); kept [B, H, k] int32: original positions of the first k stored places, -1 for an empty one;
     media [B, <= seen] int8: the medium of each token seen (later ones are text); shown [B, <= seen] bool or None:
-    tokens that were no padding when they were read (later ones were not); seen: tokens read so far, padding included.
+    tokens that were no padding when they were read (later ones were not); seen: tokens read so far, padding included;
+    evicted: positions of the prompts of which a part was evicted.
     """
 
     keys: Any
@@ -76,7 +77,7 @@ class LookMLayer(DynamicLayer):
         self.shown: Tensor | None = None
         self.seen = 0
         self.compressed = False
-        self.evicted = False
+        self.evicted: list[range] = []
         self.pending = False
         self.segment_start = 0
         self.compressed_at = 0
@@ -127,13 +128,12 @@ class LookMLayer(DynamicLayer):
             offset = self.seen - self.stored
             given = None if unmasked else stored_mask(visible_places, new, offset, self.stored, batch, queries)
         mask = make(**arguments | {"attention_mask": given})
-        if plain:
-            self.forward.note_plain(mask)
-        elif self.stored < self.seen and is_4d(mask):
+        sound = plain or self.stored == self.seen or not is_4d(mask)
+        if not sound:
             past = visible(mask, "", queries, self.stored + queries)[..., : self.stored]
             expected = past.new_ones(()) if visible_places is None else visible_places[:, None, None]
-            if not bool((past == expected).all()):
-                raise NotImplementedError(MASKED_PAST)
+            sound = bool((past == expected).all())
+        self.forward.note(mask, plain, sound)
         return mask
 
     def _read_mask(self, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
@@ -170,7 +170,7 @@ class LookMLayer(DynamicLayer):
         """
         if not self.compressed:
             raise ValueError(HIDES_CHUNK)
-        if self.evicted and bool(hidden[:, : self.compressed_at].any()):
+        if any(bool(hidden[:, tokens.start : tokens.stop].any()) for tokens in self.evicted):
             if self.settings.policy.rule != "none":
                 raise ValueError(HIDES_MERGED)
             self.forward.hidden = hidden
@@ -203,11 +203,12 @@ class LookMLayer(DynamicLayer):
             self.device = key_states.device
             self.is_initialized = True
         self.seen += new
-        if not reading and self.forward.hidden is None:
-            return self.keys, self.values
-        if reading and self.compressed:
+        if not reading:
+            unusual = self.forward.hidden is not None or self.forward.restricted
+            return tag(self.keys, self.follow) if unusual else self.keys, self.values
+        if self.compressed:
             self.compressed, self.segment_start = False, self.stored - new
-        self.pending = reading
+        self.pending = True
         return tag(self.keys, self.attend), self.values
 
     def _note_padding(self, valid: Tensor | None, keys: Tensor) -> None:
@@ -232,14 +233,10 @@ class LookMLayer(DynamicLayer):
         mask: Any, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Called by the attention overlay: run the backend untouched, score the prompt, compress it once complete."""
-        pending, self.pending = self.pending, False
-        if self.forward.hidden is not None:
-            causal = causal_without_mask(implementation, module, kwargs.get("is_causal"))
-            mask = hide_places(mask, self._places_of(self.forward.hidden), implementation, query, causal)
-        elif not pending:
+        if not self.pending:
             raise NotImplementedError(TWICE)
-        if not pending:
-            return inner(module, query, key, value, mask, *args, **kwargs)
+        self.pending = False
+        mask = self._follow(implementation, module, query, mask, kwargs)
         declared = self.forward.prompt_length
         remaining = 0 if declared is None or self.seen > declared else declared - self.seen
         if declared is not None and self.seen > declared and self.segment_start == 0:
@@ -259,6 +256,24 @@ class LookMLayer(DynamicLayer):
             self._compress(reading, plan)
         return output
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def follow(
+        self, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        mask: Any, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Called by the attention overlay where this forward has an unusual mask, over what was compressed before."""
+        mask = self._follow(implementation, module, query, mask, kwargs)
+        return inner(module, query, key, value, mask, *args, **kwargs)
+
+    def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
+        """The mask of an attention call, made true for what this layer holds."""
+        if not self.forward.is_sound(mask):
+            raise NotImplementedError(MASKED_PAST)
+        if self.forward.hidden is None:
+            return mask
+        causal = causal_without_mask(implementation, module, arguments.get("is_causal"))
+        return hide_places(mask, self._places_of(self.forward.hidden), implementation, query, causal)
+
     def _compress(self, reading: Reading, plan: Plan) -> None:
         """Replace the prompt, or the segment, by what its budget keeps, in a buffer of its own size."""
         before = self.kept_positions()[:, :, : self.segment_start]
@@ -266,6 +281,7 @@ class LookMLayer(DynamicLayer):
         if plan.evicts:
             self.keys, self.values, kept = reading.compress(plan, self.scores)
             kept = torch.where(kept < 0, -1, kept + first_position)
+            self.evicted = [*self.evicted, range(first_position, self.seen)]
         else:
             positions = torch.arange(first_position, self.seen, dtype=torch.int32, device=self.keys.device)
             kept = positions.expand(*self.keys.shape[:2], -1)
@@ -273,7 +289,7 @@ class LookMLayer(DynamicLayer):
                 kept = kept.masked_fill(~plan.prompt.valid[:, None], -1)
         self.kept = torch.cat([before, kept], 2)
         self.valid, self.scores = plan.stored_valid, None
-        self.compressed, self.compressed_at, self.evicted = True, self.seen, self.evicted or plan.evicts
+        self.compressed, self.compressed_at = True, self.seen
 
     def kept_positions(self) -> Tensor:
         """[B, H, stored] int32: the original position of every stored place, -1 for an empty one."""

@@ -96,8 +96,8 @@ class Streaming(Policy):
 
     def score(self, attention: Attention) -> Tensor:
         """Position alone decides."""
-        batch, heads = attention.key.shape[:2]
-        return torch.zeros(batch, heads, attention.prompt.image.shape[1], device=attention.key.device)
+        shape = (*attention.key.shape[:2], attention.prompt.image.shape[1])
+        return torch.zeros(shape, dtype=torch.float32, device=attention.key.device)
 
 
 @register_policy("avg_merge", rule="average", sinks=SINKS)

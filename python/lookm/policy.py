@@ -29,7 +29,7 @@ def is_count(value: Any) -> bool:
 
 def on_device(counts: Sequence[int], device: torch.device) -> Tensor:
     """[B, 1] of a number a row, filled on the device: a copy from the host would wait for it."""
-    return torch.cat([torch.full((1, 1), count, device=device) for count in counts])
+    return torch.cat([torch.full((1, 1), count, dtype=torch.long, device=device) for count in counts])
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Attention:
         looking, position = self, None
         if self.picked is not None:
             if self.picked.shape[1] == 0:
-                dtype = torch.float64 if self.key.dtype == torch.float64 else torch.float32
+                dtype = torch.float64 if torch.float64 in (self.query.dtype, self.key.dtype) else torch.float32
                 return self.key.new_zeros((*self.key.shape[:2], tokens), dtype=dtype)
             looking = self._only_picked(self.picked)
             position = torch.where(self.picked < 0, -1, self.picked + self.key.shape[2] - self.query.shape[2])
@@ -134,7 +134,7 @@ class Attention:
         queries, tokens = self.query.shape[2], self.prompt.image.shape[1]
         weight = self.query_weight
         if weight is None:
-            weight = torch.ones(self.query.shape[0], queries, device=self.query.device)
+            weight = torch.ones(self.query.shape[0], queries, dtype=torch.float32, device=self.query.device)
         if not self.causal:
             if self.mask is None:
                 return weight.sum(1)[:, None, None].expand(-1, 1, tokens)

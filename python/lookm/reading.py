@@ -100,7 +100,7 @@ class Reading:
         looks = self.settings.policy.looks
         paid = self._paid(mask, implementation, causal, plan, query.shape[2]) if looks else {}
         observed = LogSumExp()
-        free = looks and mask is None and not torch.is_autocast_enabled(query.device.type)
+        free = looks and mask is None and implementation == "sdpa" and not torch.is_autocast_enabled(query.device.type)
         with observed if free else nullcontext():
             output = inner(module, query, key, value, mask, *args, **kwargs)
         with torch.no_grad():
