@@ -128,7 +128,7 @@ def _compression_forced() -> Iterator[None]:
 
 
 def small_budget(subject: Subject) -> None:
-    """A quarter: the prompt's logits are DynamicCache's bits; every row keeps a quarter in every layer, rounded down."""
+    """A quarter: the prompt's logits are DynamicCache's bits; each row keeps a quarter, rounded down, in every layer."""
     for rows in (subject.rows[:1], subject.rows):
         inputs = subject.arguments(rows)
         with transformers_alone():
@@ -149,6 +149,15 @@ def small_budget(subject: Subject) -> None:
 def compressed_layers(cache: LookMCache) -> list[int]:
     """Indices of the layers that are compressed."""
     return [layer.layer for layer in cache.report().layers if layer.compressed]
+
+
+def refused_at_once(subject: Subject) -> None:
+    """A model that is refused is refused by the forward that reads its prompt at the latest."""
+    try:
+        read(subject.model, subject.arguments(subject.rows), subject.cache(subject.rows, BUDGET))
+    except (NotImplementedError, ValueError):
+        return
+    raise WrongError("refused, but not by the forward that reads the prompt")
 
 
 def scores(subject: Subject) -> None:
@@ -182,7 +191,8 @@ def _paid(subject: Subject, rows: Sequence[Row]) -> tuple[dict[int, Tensor], Ten
     with transformers_alone():
         result = read(_eager(subject).model, inputs, cache, output_attentions=True)
         layers = [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
-        given = [part for part in getattr(result, "attentions", None) or () if isinstance(part, Tensor)]
+        whole = getattr(result, "language_model_outputs", result)  # of BLIP-2
+        given = [part for part in getattr(whole, "attentions", None) or () if isinstance(part, Tensor)]
         if len(given) != len(layers):
             raise RuntimeError(f"output_attentions gives {len(given)} for {len(layers)} layers with keys and values")
     real = inputs["attention_mask"][:, None, :, None].bool()

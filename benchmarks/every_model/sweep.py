@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 import traceback
@@ -20,6 +21,7 @@ from every_model import checks, inputs, tiny
 from every_model.specs import SPECS, Spec
 from lookm import LookMCache
 
+RESULTS = Path(__file__).parent.parent / "results" / "families"
 LOOKM = Path(lookm.__file__).parent
 SECONDS = 240  # for one model
 ABSENT = "not in transformers"
@@ -41,7 +43,7 @@ class Row:
 
     status: "works", "works with image_mask=", "refused", "not in transformers" (transformers itself cannot build it, or
     run it with a DynamicCache), "wrong" or "crashes"; words: why. inputs: "pixels", "placeholders" or "text".
-    passed: names of the checks; without: those that do not apply, and why.
+    without: the checks that a model that works did not pass, because transformers itself does not or lookm refuses.
     """
 
     model_type: str
@@ -50,7 +52,6 @@ class Row:
     status: str = "crashes"
     words: str = ""
     inputs: str = ""
-    passed: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
 
 
@@ -114,10 +115,18 @@ def run(subject: checks.Subject, row: Row) -> None:
             status, why = verdict(error)
             if status in BROKEN or name in REQUIRED:
                 row.status, row.words = status, why if status not in BROKEN else f"{name}: {why}"
+                if status == "refused":
+                    _ensure_in_time(subject, row)
                 return
             row.without[name] = f"{status}: {why}"
-        else:
-            row.passed.append(name)
+
+
+def _ensure_in_time(subject: checks.Subject, row: Row) -> None:
+    try:
+        checks.refused_at_once(subject)
+    except Exception as error:
+        status, why = verdict(error)
+        row.status, row.words = status, f"{why}: {row.words}"
 
 
 def verdict(error: Exception) -> tuple[str, str]:
@@ -187,9 +196,21 @@ def _report(entry: Entry, send: Any) -> None:
 
 
 def record(rows: Sequence[Row]) -> dict[str, Any]:
-    """What is committed of a sweep."""
+    """What is committed of a sweep: of a row, what says something."""
+    ordered = sorted(rows, key=lambda row: (not row.vision, row.model_type))
     return {
         "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "models": [asdict(row) for row in sorted(rows, key=lambda row: (not row.vision, row.model_type))],
+        "torch": torch.__version__.partition("+")[0],
+        "checks": {name: (check.__doc__ or "").strip() for name, check in checks.CHECKS.items()},
+        "models": [
+            {name: value for name, value in asdict(row).items() if value not in ("", [], {})} for row in ordered
+        ],
     }
+
+
+def write(path: Path, recorded: dict[str, Any]) -> None:
+    """A line a model."""
+    models = ",\n".join("  " + json.dumps(model) for model in recorded["models"])
+    rest = json.dumps({name: value for name, value in recorded.items() if name != "models"}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rest.removesuffix("\n}") + f',\n "models": [\n{models}\n ]\n}}\n')
