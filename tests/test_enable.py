@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ pytest.importorskip("transformers")
 import transformers
 from families import FAMILIES, IMAGE
 from transformers import DynamicCache, PreTrainedModel
+from unusual import known, prompt, subject
 
 import lookm
 from lookm import LookMCache
@@ -140,3 +143,121 @@ def test_copies_of_an_enabled_model_are_their_own(model):
 def test_hooks_can_be_pickled_with_their_model(model):
     lookm.enable(model, budget=0.3)
     assert pickle.loads(pickle.dumps(list(model._forward_pre_hooks.values())))
+
+
+def test_generate_takes_the_cache_under_its_new_name(model):
+    """`cache` where transformers has it (from 5.24 on), `past_key_values` everywhere."""
+    if "cache" not in inspect.signature(model.forward).parameters:
+        pytest.skip(f"transformers {transformers.__version__} knows past_key_values only")
+    old = generate(model, past_key_values=LookMCache(model, 0.3))
+    own = LookMCache(model, 0.3)
+    new = generate(model, cache=own)
+    assert new[2] is own
+    assert same(new, old)
+    with torch.no_grad():
+        logits = [model(**INPUTS, **{name: LookMCache(model, 0.3)}).logits for name in ("cache", "past_key_values")]
+    assert torch.equal(*logits)
+
+
+@torch.no_grad()
+def test_generate_that_ran_without_it_is_an_error(model):
+    used = DynamicCache(config=model.config)
+    model(**INPUTS, past_key_values=used)
+    lookm.enable(model, budget=7)
+    with pytest.raises(RuntimeError, match=r"without a LookMCache \(it was called with use_cache=False\).*disable"):
+        generate(model, use_cache=False)
+    more = torch.cat([INPUTS["input_ids"], torch.tensor([[5], [6]])], 1)
+    mask = torch.nn.functional.pad(INPUTS["attention_mask"], (0, 1), value=1)
+    with pytest.raises(RuntimeError, match=r"it was given a DynamicCache that holds tokens already"):
+        model.generate(input_ids=more, attention_mask=mask, past_key_values=used, max_new_tokens=2)
+    lookm.disable(model)
+    assert generate(model, use_cache=False)[2] is None
+
+
+def test_a_model_that_keeps_a_state_of_its_own_is_found_out():
+    """RWKV's generate drops the cache without a word."""
+    model, given = prompt("rwkv")
+    lookm.enable(model, budget=0.3)
+    try:
+        with pytest.raises(RuntimeError, match=r"without a LookMCache \(RwkvForCausalLM makes one of its own\)"):
+            model.generate(**given, max_new_tokens=2)
+    finally:
+        lookm.disable(model)
+
+
+def test_disable_gives_a_generate_of_ones_own_back(model):
+    def own(**arguments):
+        return "mine"
+
+    model.generate = own
+    lookm.enable(model, budget=0.3)
+    lookm.enable(model, budget=0.4)
+    lookm.disable(model)
+    assert model.generate is own
+
+
+DELEGATING = {"greedy": {}, "beam": {"num_beams": 3}, "sampling": {"do_sample": True, "num_return_sequences": 2}}
+
+
+def answered(model, given: dict, **mode) -> tuple[torch.Tensor, transformers.Cache]:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    result = model.generate(**given, **options | mode)
+    return torch.stack(result.logits), result.past_key_values
+
+
+@pytest.mark.parametrize("mode", DELEGATING)
+@pytest.mark.parametrize("name", ["blip-2", "instructblip", "instructblipvideo"])
+def test_generate_that_hands_embeddings_to_a_part_of_the_model(name: str, mode: str):
+    """The part is enabled, and told which of the embeddings are images."""
+    found = subject(name)
+    model, given = copy.deepcopy(found.model), found.arguments(found.rows)
+    plain, _ = answered(model, given, **DELEGATING[mode])
+    lookm.enable(model, budget=1.0)
+    whole, cache = answered(model, given, **DELEGATING[mode])
+    assert type(cache) is LookMCache
+    assert torch.equal(whole, plain)
+    lookm.enable(model, budget=0.25)
+    logits, cache = answered(model, given, **DELEGATING[mode])
+    report, rows = cache.report().layers[0], len(plain[0]) // len(found.rows)
+    assert report.seen_image == rows * sum(sum(row.image) for row in found.rows)
+    assert not torch.equal(logits, plain)
+    lookm.disable(model)
+    after, cache = answered(model, given, **DELEGATING[mode])
+    assert type(cache) is DynamicCache
+    assert torch.equal(after, plain)
+
+
+def test_a_cache_passed_to_such_a_model_asks_for_the_image_mask():
+    found = subject("blip-2")
+    model, given = found.model, found.arguments(found.rows)
+    with pytest.raises(ValueError, match="image_mask="):
+        answered(model, given, past_key_values=LookMCache(model, 0.25))
+    image = given["input_ids"] == 120
+    _, cache = answered(model, given, past_key_values=LookMCache(model, 0.25, image_mask=image))
+    assert cache.report().layers[0].seen_image == int(image.sum())
+
+
+@pytest.mark.parametrize("name", ["Qwen2_5Omni", "Qwen3OmniMoe"])
+def test_a_full_omni_model_whose_thinker_reads_the_prompt(name: str):
+    kind = {"Qwen2_5Omni": "qwen2_5_omni_thinker", "Qwen3OmniMoe": "qwen3_omni_moe_thinker"}[name]
+    if not known(kind):
+        pytest.skip(f"transformers {transformers.__version__} lists no {kind} among its models")
+    thinker = subject(kind)
+    config = getattr(transformers, f"{name}Config")(
+        thinker_config=thinker.model.config.to_dict(), enable_audio_output=False
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")._from_config(config).eval()
+    # what generate asks for though it shall not speak
+    model.speaker_map, model.talker = {"Chelsie": {}, "Ethan": {}}, SimpleNamespace(codec_pad_token=0)
+    given = thinker.arguments(thinker.rows[:1])
+    options = {"generation_mode": "text", "thinker_max_new_tokens": 4, "return_dict_in_generate": True}
+    plain = model.generate(**given, **options)
+    lookm.enable(model, budget=1.0)
+    whole = model.generate(**given, **options)
+    assert type(whole.past_key_values) is LookMCache
+    assert torch.equal(whole.sequences, plain.sequences)
+    lookm.enable(model, budget=0.25)
+    report = model.generate(**given, **options).past_key_values.report().layers[0]
+    assert report.seen_image == sum(thinker.rows[0].image)
+    assert report.kept - report.later == len(thinker.rows[0]) // 4

@@ -109,6 +109,35 @@ def test_a_whole_budget_of_loops_is_the_model(family: Family):
     torch.testing.assert_close(expected(family, model, prompt, more, Recipe(budget=1.0)), plain, **CLOSE)
 
 
+@torch.no_grad()
+def test_a_small_budget_leaves_the_prompt_as_it_is(family: Family, model: PreTrainedModel):
+    """The forward that compresses gives DynamicCache's bits: the model's own tensors stay what they are."""
+    for batch in (ragged(family)[:1], ragged(family)):
+        inputs = family.inputs(batch)
+        logits = [
+            model(**inputs, past_key_values=cache).logits
+            for cache in (LookMCache(model, budget=0.2), DynamicCache(config=model.config))
+        ]
+        assert torch.equal(*logits)
+
+
+@torch.no_grad()
+def test_scores_are_the_column_sums_of_the_attention(family: Family, model: PreTrainedModel):
+    """Those of eager attention's own weights, which transformers returns."""
+    inputs = family.inputs(ragged(family))
+    held = LookMCache(model, 0.5, "h2o", prompt_length=10**6)
+    model(**inputs, past_key_values=held)
+    plain = DynamicCache(config=model.config)
+    attentions = family.model("eager")(**inputs, past_key_values=plain, output_attentions=True).attentions
+    if len(attentions) < len(held.layers):  # linear layers have none
+        attentions = dict(zip(full_layers(model), attentions, strict=True))
+    for layer in full_layers(model):
+        weights = attentions[layer].masked_fill(inputs["attention_mask"][:, None, :, None] == 0, 0.0)
+        scores = held.layers[layer].scores
+        expected = weights.sum(2).view(*scores.shape[:2], -1, scores.shape[2]).sum(2)
+        torch.testing.assert_close(scores, expected, **CLOSE)
+
+
 def test_a_small_budget_follows_the_loops_in_both_turns(family: Family, model: PreTrainedModel):
     prompts, cache = ragged(family), LookMCache(model, budget=0.3, later_turns="dense")
     first, first_logits = generate(model, family.inputs(prompts), cache, do_sample=True)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+import transformers
 from families import FAMILIES, IMAGE, IMAGE_ID, PAD, VIDEO, VIDEO_ID, image_mask
+from unusual import known, subject
 
 from lookm import LookMCache
-from lookm.modality import find_media, media_token_ids, outermost
+from lookm.modality import AUDIO, find_media, media_token_ids, outermost
 
 LLAVA, QWEN_VL, QWEN = (FAMILIES[name] for name in ("llava", "qwen2_vl", "qwen3"))
 PROMPTS = [LLAVA.prompt((9, IMAGE, 12)), LLAVA.prompt((5, IMAGE, 4), 1)]
@@ -185,3 +187,61 @@ def test_a_wrapped_model_and_positional_arguments():
         LLAVA.model()(*arguments, None, positional)
     assert_same(wrapped)
     assert_same(positional)
+
+
+AUDIBLE = ["qwen2_audio", "voxtral", "qwen2_5_omni_thinker"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AUDIBLE)
+def test_audio_is_a_medium_like_images(name: str):
+    """It goes after text where the text prior ranks, and the report names it."""
+    if not known(name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = subject(name).model
+    token = next(token for token, medium in media_token_ids(model.config).items() if medium == AUDIO)
+    ids = torch.tensor([[*range(3, 9), *[token] * 16, *range(9, 17)]])
+    cache = LookMCache(model, budget=14, policy="text_prior_h2o", recent_share=0.0)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    layer = cache.report().layers[0]
+    assert layer.seen_by == {"text": 14, "image": 0, "video": 0, "audio": 16}
+    assert layer.kept_by == {"text": 14, "image": 0, "video": 0, "audio": 0}
+    assert "(14 text, 16 audio)" in cache.report().summary()
+
+
+@pytest.mark.parametrize("name", ["pixel_values_local", "flattened_patches", "image_patches", "video_embeds"])
+def test_images_under_other_names_are_refused_where_no_token_is_named(name: str):
+    with pytest.raises(ValueError, match=rf"brings images \('{name}'\)"):
+        find_media(QWEN.model(), {"input_ids": torch.ones(1, 5), name: torch.zeros(1, 3)})
+
+
+@pytest.mark.parametrize("name", ["input_features", "input_values", "audio_input_features"])
+def test_audio_is_refused_where_no_token_is_named(name: str):
+    """Llava's configuration has a token for images, and none for audio."""
+    arguments = {"input_ids": INPUTS["input_ids"], name: torch.zeros(1, 3), "pixel_values": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(ValueError, match=rf"brings audio \('{name}'\).*image_mask="):
+        find_media(LLAVA.model(), arguments)
+
+
+@torch.no_grad()
+def test_a_mask_of_image_positions_among_the_inputs():
+    """Kosmos-2.5 takes flattened_patches and image_embeds_position_mask."""
+    found = subject("kosmos-2.5")
+    given, cache = found.arguments(found.rows), LookMCache(found.model, budget=0.5)
+    found.model.generate(**given, past_key_values=cache, max_new_tokens=3)
+    assert cache.report().layers[0].seen_image == int(given["image_embeds_position_mask"].sum())
+
+
+def test_one_token_for_images_and_videos_is_an_image():
+    assert media_token_ids(SimpleNamespace(image_patch_id=7, video_token_id=7, audio_token_id=9)) == {7: 1, 9: 3}
+
+
+@torch.no_grad()
+def test_placeholders_among_scaled_embeddings():
+    """Gemma 3 scales what its embedding table holds."""
+    family = FAMILIES["gemma3"]
+    inputs, model = family.inputs([family.prompt((9, IMAGE, 12))]), family.model()
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    assert not torch.equal(embeddings, model.get_input_embeddings().weight[inputs["input_ids"]])
+    found = find_media(model, {"inputs_embeds": embeddings})
+    assert torch.equal(found > 0, image_mask(inputs["input_ids"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import transformers
 from families import FAMILIES, MLLAMA
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+from unusual import known, subject
 
 import lookm
 from lookm import LookMCache
@@ -175,3 +178,142 @@ def test_layers_of_other_kinds_stay_what_they_are():
     plain, ours = DynamicCache(config=model.config).layers, LookMCache(model, budget=0.3).layers
     assert [type(layer).__name__ for layer in ours] == ["DynamicSlidingWindowLayer", "LookMLayer"] * 2
     assert [type(layer).__name__ for layer in plain] == ["DynamicSlidingWindowLayer", "DynamicLayer"] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deepseek_v3", "git", "blip"])
+def test_attention_of_ones_own_is_refused_by_the_forward_that_reads_the_prompt(name: str):
+    """Multi-head latent attention, and models that never ask transformers for an attention function."""
+    found = subject(name)
+    given, plain = found.arguments(found.rows[:1]), found.plain()
+    found.model(**given, past_key_values=plain)
+    if name == "deepseek_v3" and plain.layers[0].keys.shape[1] > 1:
+        pytest.skip(f"transformers {transformers.__version__} stores whole keys and values for {name}")
+    image = {"image_mask": torch.zeros(1, 53 if name == "git" else 36).bool()}
+    with pytest.raises(NotImplementedError, match="not intercepted"):
+        found.model(**given, past_key_values=LookMCache(found.model, 0.25, **image))
+    with pytest.raises(NotImplementedError, match="not intercepted"):
+        found.model.generate(**given, past_key_values=LookMCache(found.model, 0.25, **image), max_new_tokens=1)
+
+
+def test_a_layer_that_attends_twice():
+    """Differential attention: two calls share keys, and no single column sum describes them."""
+    found = subject("diffllama")
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"attended a second time|not intercepted"):
+        found.model(**found.arguments(found.rows), past_key_values=LookMCache(found.model, 0.25))
+
+
+@torch.no_grad()
+def test_masks_that_a_model_builds_by_itself():
+    """BERT as an encoder sizes its mask by the tokens seen: a whole prompt fits, a compressed one does not."""
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model, ids = built("BertLMHeadModel", config, "sdpa"), torch.arange(3, 40)[None]
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    plain = model(ids, attention_mask=mask, past_key_values=DynamicCache(config=config)).logits
+    assert torch.equal(model(ids, attention_mask=mask, past_key_values=LookMCache(model, 1.0)).logits, plain)
+    with pytest.raises(NotImplementedError, match="makes its attention masks in a way of its own"):
+        model(ids, attention_mask=mask, past_key_values=LookMCache(model, 0.25))
+
+
+MIXED = {"minimax_m3_vl": {"text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2}}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_that_would_share_a_mask_with_compressed_ones(name: str):
+    if not known(name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = subject(name, changes=tuple(MIXED[name].items())).model
+    with pytest.raises(NotImplementedError, match=rf"{name} is not supported: its \w+ layers stay whole and share one"):
+        LookMCache(model, 0.25)
+
+
+@torch.no_grad()
+def test_a_mask_that_restricts_the_past_of_a_compressed_cache():
+    model = copy.deepcopy(QWEN.model())
+    cache, ids = LookMCache(model, 0.5, later_turns="dense"), torch.arange(3, 23)[None]
+    model(ids, past_key_values=cache)
+    original = modeling_qwen3.create_causal_mask
+
+    def windowed(**arguments):
+        return original(**arguments, and_mask_function=lambda b, h, q, k: k > q - 5)
+
+    refused = pytest.raises(NotImplementedError, match="does not let every new token see every token before it")
+    with patch.object(modeling_qwen3, "create_causal_mask", windowed), refused:
+        model(torch.arange(3, 7)[None], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_that_no_layer_uses_is_none_of_our_business():
+    """Qwen2-MoE makes a mask for sliding layers, which it has none of."""
+    found = subject("qwen2_moe")
+    given = found.arguments(found.rows)
+    found.model.generate(**given, past_key_values=found.cache(found.rows, 0.25), max_new_tokens=4)
+
+
+@torch.no_grad()
+def test_a_prompt_length_that_is_never_reached():
+    cache = LookMCache(QWEN.model(), budget=0.25, prompt_length=60)
+    with pytest.raises(ValueError, match=r"`prompt_length` is 60, but decoding starts after 32 tokens"):
+        QWEN.model().generate(**REPEATING, past_key_values=cache, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_a_forward_that_stops_half_way():
+    model, cache = copy.deepcopy(QWEN.model()), LookMCache(QWEN.model(), budget=0.3)
+    cache = LookMCache(model, budget=0.3)
+
+    def fail(*_):
+        raise KeyError("half-way")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="half-way"):
+        model(**REPEATING, past_key_values=cache)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"did not come to its end.*cache.reset\(\)"):
+        model(**REPEATING, past_key_values=cache)
+    cache.reset()
+    expected = model(**REPEATING, past_key_values=LookMCache(model, budget=0.3)).logits
+    assert torch.equal(model(**REPEATING, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_before_it_reads_leaves_the_cache_as_it_was():
+    model = QWEN.model()
+    cache = LookMCache(model, budget=0.3)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[10**6]]), past_key_values=cache)
+    model(**REPEATING, past_key_values=cache)
+    assert cache.get_seq_length() == 32
+
+
+@torch.no_grad()
+def test_a_cache_for_the_inner_model_leaves_the_outer_one_alone():
+    """Llava's decoder is watched too, once a cache was built for it: the outermost model's word counts."""
+    model, inputs = copy.deepcopy(LLAVA.model()), LLAVA.inputs([LLAVA.prompt((9, "image", 12))])
+    before = model(**inputs, past_key_values=LookMCache(model, budget=0.25))
+    LookMCache(model.model.language_model, budget=0.25)
+    after = model(**inputs, past_key_values=LookMCache(model, budget=0.25))
+    assert torch.equal(after.logits, before.logits)
+    reports = [output.past_key_values.report() for output in (before, after)]
+    assert reports[0] == reports[1]
+    assert reports[0].layers[0].seen_image == 16
+
+
+@torch.no_grad()
+def test_a_model_that_stores_nothing_in_the_cache():
+    model = copy.deepcopy(QWEN.model())
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"cache": None, "past_key_values": None}), with_kwargs=True
+        )
+    with pytest.raises(NotImplementedError, match="read 32 tokens and stored none of them"):
+        model(**REPEATING, past_key_values=LookMCache(model, budget=0.3))
+
+
+def test_a_configuration_of_which_transformers_makes_no_cache():
+    found = subject("pi0") if known("pi0") else pytest.skip("no pi0")
+    with pytest.raises(NotImplementedError, match="transformers makes no DynamicCache for pi0"):
+        LookMCache(found.model, 0.3)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, HEAD_DIM, IMAGE, KV_HEADS
+from families import FAMILIES, HEAD_DIM, IMAGE, VIDEO, KV_HEADS
 from transformers import cache_utils
 
 from lookm import LayerReport, LookMCache, Report
@@ -33,7 +33,7 @@ def read(family, cache, prompts) -> None:
 
 
 def by(text: float, image: float) -> dict[str, float]:
-    return {"text": text, "image": image}
+    return {"text": text, "image": image, "video": 0, "audio": 0}
 
 
 def table(report: Report) -> list[list[str]]:
@@ -148,7 +148,7 @@ def test_to_dict_is_json():
         "layer": 2, "compressed": True, "rows": 2, "places": 11, "seen": 60, "kept": 17, "evicted": 43, "later": 0,
         "seen_text": 44, "seen_image": 16, "kept_text": 17, "kept_image": 0, "later_text": 0, "later_image": 0,
         "bytes": 2 * 11 * TOKEN, "bytes_full": 2 * 39 * TOKEN, "later_bytes": 0,
-    }  # fmt: skip
+    } | {f"{what}_{medium}": 0 for what in ("seen", "kept", "later") for medium in ("video", "audio")}  # fmt: skip
 
 
 def test_nothing_read_yet():
@@ -172,6 +172,16 @@ def test_a_prompt_without_images_has_no_column_for_them():
     report = prefilled(LLAVA, [(21,)], budget=0.3).report()
     assert table(report)[0] == ["layer", "tokens", "text", "bytes", "share"]
     assert "(21 text)" in report.summary()
+
+
+def test_every_medium_has_a_name():
+    """A video of Qwen2-VL; audio of Qwen2-Audio (test_modality.py)."""
+    report = prefilled(FAMILIES["qwen2_vl"], [(9, IMAGE, 5, VIDEO, 4)], budget=0.3).report()
+    layer = report.layers[0]
+    assert layer.seen_by["image"] > 0
+    assert layer.seen_by["video"] > 0
+    assert f"{layer.seen_by['image']} image, {layer.seen_by['video']} video)" in report.summary()
+    assert table(report)[0] == ["layer", "tokens", "text", "image", "video", "bytes", "share"]
 
 
 def test_long_prompts_are_written_out():

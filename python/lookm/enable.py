@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lookm.cache import LookMCache
-from lookm.modality import cache_argument, find_media, forward_arguments, generating, outermost
+from lookm.modality import cache_argument, find_media, forward_arguments, generating, media_token_ids, outermost
 
 NOT_USED = (
     "lookm: enabled for this model, but generate ran without a LookMCache ({reason}), so nothing was compressed. Leave "
@@ -72,7 +72,12 @@ def _generate(
 ) -> Any:
     part, before = generating(module)[-1], enabled.forwards
     tokens = arguments.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
-    if part is not module and tokens is not None and arguments.get("inputs_embeds") is None:
+    # a part that is fed embeddings cannot tell which of them are images
+    if (
+        tokens is not None
+        and arguments.get("inputs_embeds") is None
+        and not (part is module or media_token_ids(part.config))
+    ):
         media = find_media(module, arguments | {"input_ids": tokens})
         enabled.image_mask = None if media is None else media > 0
     try:

@@ -30,8 +30,8 @@ VISUAL = re.compile(
 AUDIBLE = re.compile(r"input_features$|input_values$|audio_(values|features|embeds|codes|input_ids)$")
 # the name of a forward's cache from transformers 5.24 on, and before
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-# parts to which a model's own `generate` hands over (the full Omni models; BLIP-2, InstructBLIP; Kosmos-2)
-GENERATING_PARTS = ("thinker", "language_model", "text_model")
+# parts to which a model's own `generate` hands over (the full Omni models; BLIP-2, InstructBLIP; Kosmos-2; BLIP)
+GENERATING_PARTS = ("thinker", "language_model", "text_model", "text_decoder")
 MERGED = (
     "lookm: no image placeholder is recognisable in inputs_embeds; if image features are merged into them already (or "
     "there are none), say which tokens are images with LookMCache(..., image_mask=bool [batch, prompt tokens])"
@@ -61,8 +61,13 @@ def generating(model: PreTrainedModel) -> list[PreTrainedModel]:
 def media_token_ids(config: Any) -> dict[int, int]:
     """Placeholder ids that the configuration names, and the medium of each; none for a text-only model."""
     places = (config, *(getattr(config, name, None) for name in ("vision_config", "audio_config")))
-    ids = {getattr(place, field, None): medium for place in places for field, medium in TOKEN_ID_FIELDS.items()}
-    return {token: medium for token, medium in ids.items() if isinstance(token, int)}
+    ids: dict[int, int] = {}
+    for place in places:
+        for field, medium in TOKEN_ID_FIELDS.items():
+            token = getattr(place, field, None)
+            if isinstance(token, int):
+                ids.setdefault(token, medium)  # some have one token for images and for videos
+    return ids
 
 
 def forward_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
