@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, HEAD_DIM, IMAGE, VIDEO, KV_HEADS
+from families import FAMILIES, HEAD_DIM, IMAGE, KV_HEADS, VIDEO
 from transformers import cache_utils
 
 from lookm import LayerReport, LookMCache, Report

@@ -199,7 +199,11 @@ class LookMLayer(DynamicLayer):
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         else:
-            self.keys, self.values = key_states, value_states
+            # in the dtype that DynamicLayer gives values other than its keys: it changed in transformers 5.24
+            plain = DynamicLayer()
+            plain.lazy_initialization(key_states, value_states)
+            dtype = torch.promote_types(plain.values.dtype, value_states.dtype)
+            self.keys, self.values = key_states, value_states.to(dtype)
             self.device = key_states.device
             self.is_initialized = True
         self.seen += new
@@ -354,6 +358,7 @@ class LookMLayer(DynamicLayer):
         self._map_rows(lambda rows: rows[indices, ...])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.forward.tokens = None
         for name in self._row_tensors:
             rows = getattr(self, name)
             if rows is not None:
