@@ -153,7 +153,7 @@ def test_undeclared_chunks_warn_once():
 def test_a_declaration_silences_the_warning(options: dict):
     model, cache = QWEN.model(), LookMCache(QWEN.model(), budget=0.3, **options)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="lookm")
         for part in chunks(QWEN, [QWEN.prompt((30,))], (10, 10, 10)):
             model(**part, past_key_values=cache)
 

@@ -70,9 +70,9 @@ def test_segment_compresses_each_with_its_own_budget(kind: str, protect_text: bo
     before, seen = [(layer.keys, layer.kept_positions()) for layer in cache.layers], []
     attend = LookMLayer.attend
 
-    def spy(self, inner, module, query, key, value, mask, **kwargs):
+    def spy(self, inner, implementation, module, query, key, value, mask, **kwargs):
         seen.append((query, key.clone()))
-        return attend(self, inner, module, query, key, value, mask, **kwargs)
+        return attend(self, inner, implementation, module, query, key, value, mask, **kwargs)
 
     monkeypatch.setattr(LookMLayer, "attend", spy)
     read(cache, [turn], seen=[first])

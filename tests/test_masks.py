@@ -15,11 +15,10 @@ from transformers import DynamicCache
 
 from lookm import POLICIES, LookMCache
 from lookm.layer import LookMLayer
-from lookm.masks import left_padding, scoring_mask, stored_mask, visible
+from lookm.masks import left_padding, padding_mask, stored_mask, visible
 
 QWEN = FAMILIES["qwen3"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-NO_MASK = {"causal": True, "key_start": None, "mask": None}
 # which of 24 places are tokens: nothing missing, padding on the left, on the right, in the middle, all of it at once
 PADDINGS = {
     "none": "1" * 24,
@@ -65,25 +64,30 @@ def test_no_padding_has_no_start():
 def test_visible_reads_bool_and_additive_masks():
     seen = torch.tensor([[[[True, False, True]]]])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for low in (torch.finfo(dtype).min, float("-inf")):
+        for low in (torch.finfo(dtype).min, float("-inf"), -1e4):
             additive = torch.zeros(1, 1, 1, 3, dtype=dtype).masked_fill(~seen, low)
-            assert torch.equal(visible(additive, 3), seen)
-    assert torch.equal(visible(seen, 2), seen[..., :2])
+            for implementation in ("sdpa", "eager"):
+                assert torch.equal(visible(additive, implementation, 1, 3), seen)
+    assert torch.equal(visible(seen, "sdpa", 2, 2), seen[..., :2].expand(1, 1, 2, 2))
 
 
-def test_scoring_needs_no_mask_where_it_is_plain():
-    four = torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(2)
-    assert scoring_mask(None, False, True, None, None, 4, 6) == NO_MASK
-    assert scoring_mask(four, True, True, None, None, 4, 6) == NO_MASK
+@pytest.mark.parametrize(
+    ("mask", "implementation"),
+    [(torch.tensor([0.0, 0.5]), "sdpa"), (torch.tensor([0.0, -9e3]), "eager"), (torch.tensor([True, False]), "eager")],
+)
+def test_a_mask_that_biases_is_refused(mask: Tensor, implementation: str):
+    """Eager attention adds a bool mask as 0 and 1."""
+    with pytest.raises(NotImplementedError, match=r"adds a bias to its logits .*not supported"):
+        visible(mask.expand(1, 1, 1, 2), implementation, 1, 2)
+
+
+def test_padding_on_the_left_needs_no_mask():
+    assert padding_mask(None, None, 4) == {"key_start": None, "mask": None}
     start = torch.tensor([2])
-    left = scoring_mask(four, True, True, bools("001111"), start, 4, 6)
-    assert left == {"causal": True, "key_start": start, "mask": None}
-    holes = scoring_mask(None, True, True, bools("101111"), None, 4, 6)
-    assert (holes["causal"], holes["key_start"]) == (True, None)
+    assert padding_mask(bools("001111"), start, 4) == {"key_start": start, "mask": None}
+    holes = padding_mask(bools("101111"), None, 4)
+    assert holes["key_start"] is None
     assert torch.equal(holes["mask"], bools("101111")[:, None, None].expand(1, 1, 4, 6))
-    given_by_user = scoring_mask(four, False, True, None, None, 4, 6)
-    assert not given_by_user["causal"]
-    assert torch.equal(given_by_user["mask"], four)
 
 
 def spread(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -173,8 +177,8 @@ def test_each_layer_may_have_a_4d_mask_of_its_own(monkeypatch: pytest.MonkeyPatc
     model, cache = QWEN.model(), LookMCache(QWEN.model(), budget=0.5)
     masks = [bools("0" * pads + "1" * (24 - pads))[:, None, None].expand(1, 1, 24, -1) for pads in (0, 4, 8)]
 
-    def with_own_mask(self, inner, module, query, key, value, mask, **arguments):
-        return original(self, inner, module, query, key, value, masks[module.layer_idx], **arguments)
+    def with_own_mask(self, inner, implementation, module, query, key, value, mask, **arguments):
+        return original(self, inner, implementation, module, query, key, value, masks[module.layer_idx], **arguments)
 
     original = LookMLayer.attend
     monkeypatch.setattr(LookMLayer, "attend", with_own_mask)

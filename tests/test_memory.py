@@ -74,7 +74,7 @@ def test_inside_an_attention_call_one_layer_is_whole(monkeypatch: pytest.MonkeyP
     for layer in cache.layers:
         # after the backend and the scores, right before the prompt is given up
         compress = layer._compress
-        monkeypatch.setattr(layer, "_compress", lambda p, c=compress: (live.append(owned(cache, [0, 1, 2])), c(p)))
+        monkeypatch.setattr(layer, "_compress", lambda *p, c=compress: (live.append(owned(cache, [0, 1, 2])), c(*p)))
     inputs = family.inputs([family.prompt(layout, seed) for seed, layout in enumerate(ROWS)])
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
@@ -100,9 +100,10 @@ def test_memory_that_cannot_be_compacted_in_place(layout: str):
     for own in (False, True):
         key, value = NOT_ONES_OWN[layout](rows(0), rows(1))
         layer = LookMCache(FAMILIES["qwen3"].model(), budget=7, rule="average").layers[0]
-        layer.forward.begin(0, None)
+        layer.forward.begin(0, 30, None)
+        layer.forward.mask(0, 30, None)
         given = (key.clone(), value.clone()) if own else (key, value)
-        layer.attend(lambda *_, **__: None, None, rows(2, 4), *layer.update(*given), None)
+        layer.attend(lambda *_, **__: None, "sdpa", None, rows(2, 4), *layer.update(*given), None)
         results.append((layer.keys, layer.values))
     assert all(map(torch.equal, *results))
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from families import FAMILIES, IMAGE, IMAGE_ID, PAD, VIDEO, VIDEO_ID, image_mask
 
 from lookm import LookMCache
-from lookm.modality import find_image_tokens, image_token_ids, outermost
+from lookm.modality import find_media, media_token_ids, outermost
 
 LLAVA, QWEN_VL, QWEN = (FAMILIES[name] for name in ("llava", "qwen2_vl", "qwen3"))
 PROMPTS = [LLAVA.prompt((9, IMAGE, 12)), LLAVA.prompt((5, IMAGE, 4), 1)]
@@ -50,20 +50,21 @@ def assert_same(cache: LookMCache) -> None:
 
 
 def test_placeholder_ids_of_the_configuration():
-    assert image_token_ids(LLAVA.model().config) == [IMAGE_ID]
-    assert image_token_ids(QWEN_VL.model().config) == [IMAGE_ID, VIDEO_ID]
-    assert image_token_ids(QWEN.model().config) == []
+    assert media_token_ids(LLAVA.model().config) == {IMAGE_ID: 1}
+    assert media_token_ids(QWEN_VL.model().config) == {IMAGE_ID: 1, VIDEO_ID: 2}
+    assert media_token_ids(QWEN.model().config) == {}
 
 
 def test_ids_images_and_videos():
     ids = QWEN_VL.inputs([QWEN_VL.prompt((3, IMAGE, 4, VIDEO, 2)), QWEN_VL.prompt((8,))])["input_ids"]
-    found = find_image_tokens(QWEN_VL.model(), {"input_ids": ids})
-    assert found.tolist() == [[token in (IMAGE_ID, VIDEO_ID) for token in row] for row in ids.tolist()]
+    found = find_media(QWEN_VL.model(), {"input_ids": ids})
+    media = {IMAGE_ID: 1, VIDEO_ID: 2}
+    assert found.tolist() == [[media.get(token, 0) for token in row] for row in ids.tolist()]
     assert {IMAGE_ID, VIDEO_ID, PAD} <= set(ids.flatten().tolist())
 
 
 def test_a_text_model_has_no_images():
-    assert find_image_tokens(QWEN.model(), {"input_ids": torch.full((1, 5), IMAGE_ID)}) is None
+    assert find_media(QWEN.model(), {"input_ids": torch.full((1, 5), IMAGE_ID)}) is None
 
 
 def test_a_text_model_that_is_fed_embeddings_cannot_tell():
@@ -79,25 +80,25 @@ def test_a_text_model_that_is_fed_embeddings_cannot_tell():
 
 def test_ids_may_stand_in_the_vision_configuration():
     vision = SimpleNamespace(image_token_id=7)
-    assert image_token_ids(SimpleNamespace(vision_config=vision, image_token_index=None)) == [7]
+    assert media_token_ids(SimpleNamespace(vision_config=vision, image_token_index=None)) == {7: 1}
 
 
 def test_images_that_no_token_stands_for_are_refused():
-    with pytest.raises(ValueError, match=r"'image_pixel_values'.* names no image token.*image_mask="):
-        find_image_tokens(QWEN.model(), {"input_ids": torch.ones(1, 5), "image_pixel_values": torch.zeros(1, 3, 8, 8)})
+    with pytest.raises(ValueError, match=r"images \('image_pixel_values'\).* names no token for it.*image_mask="):
+        find_media(QWEN.model(), {"input_ids": torch.ones(1, 5), "image_pixel_values": torch.zeros(1, 3, 8, 8)})
 
 
 def test_token_types_beside_embeddings():
     types = torch.tensor([[0, 1, 1, 2, 0]])
     arguments = {"inputs_embeds": torch.randn(1, 5, 64), "mm_token_type_ids": types}
-    assert find_image_tokens(QWEN_VL.model(), arguments).tolist() == [[False, True, True, True, False]]
+    assert find_media(QWEN_VL.model(), arguments).tolist() == [[0, 1, 1, 2, 0]]
 
 
 def test_placeholders_among_embeddings():
     table = LLAVA.model().get_input_embeddings().weight
     embeddings = table[INPUTS["input_ids"]]
-    found = find_image_tokens(LLAVA.model(), {"inputs_embeds": embeddings, "mm_token_type_ids": torch.zeros(1, 3)})
-    assert torch.equal(found, MASK)
+    found = find_media(LLAVA.model(), {"inputs_embeds": embeddings, "mm_token_type_ids": torch.zeros(1, 3)})
+    assert torch.equal(found > 0, MASK)
 
 
 def test_merged_features_need_an_image_mask():

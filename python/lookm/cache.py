@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
-from lookm.layer import NO_ASSISTANT, LookMLayer
-from lookm.modality import find_image_tokens, forward_arguments, outermost
+from lookm.layer import NO_ASSISTANT, NOT_INTERCEPTED, LookMLayer
+from lookm.masks import is_4d
+from lookm.modality import cache_argument, find_media, forward_arguments, generating, outermost
 from lookm.observe import install
 from lookm.plan import Settings
 from lookm.policy import Policy, is_count, resolve_policy
@@ -27,7 +28,27 @@ REFUSED = {"mllama": CROSS_ATTENTION, "idefics": CROSS_ATTENTION}
 MORE_PROMPT = (
     "lookm: the first {first} tokens were compressed as the whole prompt, and {more} more follow. If they are the rest "
     "of it, declare that: LookMCache(..., prompt_length=TOKENS). If they are a later turn, say later_turns='dense' or "
-    "'segment' to silence this."
+    "'segment' to silence this. If they are another prompt, call cache.reset() before it: this cache holds the first."
+)
+INTERRUPTED = (
+    "lookm: an earlier forward on this cache did not come to its end, and some layers hold more tokens than others: "
+    "call cache.reset() and read the prompt again"
+)
+NOT_STORED = (
+    "lookm: {model} read {tokens} tokens and stored none of them in the LookMCache it was given: not supported, or it "
+    "was called with use_cache=False in training"
+)
+NOT_REACHED = (
+    "`prompt_length` is {declared}, but decoding starts after {seen} tokens: declare how many tokens the prompt has, "
+    "padding included"
+)
+OWN_MASK = (
+    "`attention_mask` in 4D must fit what the compressed cache holds: [batch, heads, queries, {stored} stored places + "
+    "{queries} new tokens], got {got}. Give a 2D mask over all tokens, read and new ones"
+)
+ONE_MASK = (
+    "lookm: {model} is not supported: its {others} layers stay whole and share one attention mask with the layers that "
+    "would be compressed"
 )
 
 
@@ -36,6 +57,8 @@ class LookMCache(DynamicCache):
 
     >>> cache = LookMCache(model, budget=0.2)
     >>> model.generate(**inputs, past_key_values=cache)
+
+    From transformers 5.24 on `generate` and every forward also take it as `cache=`, its new name there.
 
     Args:
         model: the transformers model that will be called (or a wrapper of it); the cache keeps no reference to it.
@@ -71,7 +94,13 @@ class LookMCache(DynamicCache):
         recent: float | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config=check_config(outermost(model).config))
+        config = check_config(outermost(model).config)
+        try:
+            super().__init__(config=config)
+        except AttributeError as error:
+            raise NotImplementedError(
+                f"lookm: transformers makes no DynamicCache for {config.model_type}: {error}"
+            ) from error
         if later_turns is not None and later_turns not in LATER_TURNS:
             raise ValueError(f"`later_turns` must be one of {LATER_TURNS}, got {later_turns!r}")
         if prompt_length is not None and not (is_count(prompt_length) and prompt_length >= 1):
@@ -92,6 +121,7 @@ class LookMCache(DynamicCache):
         compressible = [type(layer) is DynamicLayer for layer in self.layers]
         if not any(compressible):
             raise NotImplementedError("lookm: this model has no full-attention layer to compress")
+        check_masks(outermost(model).config.model_type, self.layers)
         settings = Settings(chosen, budgeted, later_turns or "dense", sum(compressible))
         self.forward_state = Forward(image_mask, prompt_length)
         self.warn_of_more = later_turns is None and prompt_length is None
@@ -103,23 +133,64 @@ class LookMCache(DynamicCache):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_forward(self, model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-        """Called by the model's pre-hook before it reads: note the image tokens of this forward."""
+        """Called by the model's pre-hook before it reads: note what the tokens of this forward stand for."""
+        state, layer = self.forward_state, self._first
+        if state.model not in (None, id(model)):
+            return  # a model inside the one that was called
+        if not state.complete and len({layer.seen for layer in self._compressible}) > 1:
+            raise RuntimeError(INTERRUPTED)
+        state.model, state.complete, state.begun_at = id(model), False, layer.seen
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-        layer = next(layer for layer in self.layers if isinstance(layer, LookMLayer))
-        if tokens is None or (layer.compressed and tokens.shape[1] == 1):
+        if tokens is None:
             return
+        queries = tokens.shape[1]
+        mask = arguments.get("attention_mask")
+        own_masks: list[Any] = [own for own in (mask.values() if isinstance(mask, dict) else (mask,)) if is_4d(own)]
+        for own in own_masks:
+            if layer.stored < layer.seen and own.shape[-1] != layer.stored + queries:
+                raise ValueError(OWN_MASK.format(stored=layer.stored, queries=queries, got=list(own.shape)))
+        if layer.compressed and queries == 1:
+            return
+        declared = state.prompt_length
+        if declared is not None and queries == 1 and state.length > 1 and layer.seen + 1 < declared:
+            raise ValueError(NOT_REACHED.format(declared=declared, seen=layer.seen))
         # in older releases, and under enable, only the number of logits asked for tells assisted decoding
         logits = arguments.get("logits_to_keep")
         if not layer.compressed and isinstance(logits, int) and logits > 1:
             raise NotImplementedError(NO_ASSISTANT)
         if self.warn_of_more and layer.compressed and layer.seen == layer.compressed_at:
-            warnings.warn(MORE_PROMPT.format(first=layer.seen, more=tokens.shape[1]), stacklevel=4)
+            warnings.warn(MORE_PROMPT.format(first=layer.seen, more=queries), stacklevel=4)
             self.warn_of_more = False
         install(attention_implementation(model))
-        given = self.forward_state.given_image_mask
+        given = state.given_image_mask
         known = given is not None and layer.seen < given.shape[1]
-        self.forward_state.begin(layer.seen, None if known else find_image_tokens(model, arguments))
+        state.begin(layer.seen, queries, None if known else find_media(model, arguments), own_mask=bool(own_masks))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end_forward(self, model: PreTrainedModel, arguments: dict[str, Any], finished: bool) -> None:
+        """Called by the model's hook after it has read, or failed to: refuse what was not scored or not stored."""
+        state = self.forward_state
+        if state.model != id(model):
+            return
+        state.model = None
+        if not finished:
+            return
+        if any(layer.pending for layer in self._compressible):
+            raise NotImplementedError(NOT_INTERCEPTED)
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if tokens is not None and all(layer.seen == state.begun_at for layer in self._compressible):
+            raise NotImplementedError(NOT_STORED.format(model=type(model).__name__, tokens=tokens.shape[1]))
+        state.complete = True
+
+    @property
+    def _compressible(self) -> list[LookMLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LookMLayer)]
+
+    @property
+    def _first(self) -> LookMLayer:
+        return next(layer for layer in self.layers if isinstance(layer, LookMLayer))
 
     def kept_positions(self, layer: int) -> Tensor:
         """[B, H, stored] int32: the original position of each cached token of a layer, -1 for an empty place.
@@ -134,7 +205,7 @@ class LookMCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens (see LookMLayer.crop); where a layer cannot, no layer is changed. 0 drops none."""
-        removed = max(layer.check_crop(tokens_to_remove) for layer in self.layers if isinstance(layer, LookMLayer))
+        removed = max(layer.check_crop(tokens_to_remove) for layer in self._compressible)
         if removed > 0:
             # layers of other kinds first: they may refuse
             for layer in sorted(self.layers, key=lambda layer: isinstance(layer, LookMLayer)):
@@ -160,7 +231,7 @@ def check_config(config: Any) -> Any:
             f"lookm: {config.model_type} is not supported with transformers {transformers.__version__}: its linear "
             "attention layers have a cache of their own there; a newer release keeps them in DynamicCache"
         )
-    if getattr(text, "num_kv_shared_layers", 0):
+    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
         raise NotImplementedError(f"lookm: {config.model_type} is not supported: its layers share keys and values")
     return text
 
@@ -170,17 +241,40 @@ def attention_implementation(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
+def check_masks(model: str, layers: list[Any]) -> None:
+    """NotImplementedError where a layer that stays whole would get the mask made for the compressed ones.
+
+    transformers makes one mask for all layers that are neither sliding nor linear nor empty.
+    """
+    whole = {
+        type(layer).__name__
+        for layer in layers
+        if isinstance(layer, DynamicLayer) and type(layer) is not DynamicLayer and not layer.is_sliding
+    }
+    if whole:
+        raise NotImplementedError(ONE_MASK.format(model=model, others=", ".join(sorted(whole))))
+
+
 def watch(model: nn.Module) -> None:
     """Make the model tell a LookMCache which tokens it is about to read; harmless to call again."""
-    module = outermost(model)
-    install(attention_implementation(module))
-    if not getattr(module, "_lookm_watched", False):
-        module.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        module._lookm_watched = True
+    for module in generating(outermost(model)):
+        install(attention_implementation(module))
+        if not getattr(module, "_lookm_watched", False):
+            module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+            module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+            module._lookm_watched = True
 
 
 def _before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = forward_arguments(module, args, kwargs)
-    cache = arguments.get("past_key_values")
+    cache = cache_argument(arguments)
     if isinstance(cache, LookMCache):
         cache.begin_forward(module, arguments)
+
+
+def _after_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    arguments = forward_arguments(module, args, kwargs)
+    cache = cache_argument(arguments)
+    if isinstance(cache, LookMCache):
+        # torch calls it with None where the forward raised
+        cache.end_forward(module, arguments, finished=output is not None)

@@ -3,38 +3,96 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lookm.cache import LookMCache
-from lookm.modality import forward_arguments, outermost
+from lookm.modality import cache_argument, find_media, forward_arguments, generating, outermost
+
+NOT_USED = (
+    "lookm: enabled for this model, but generate ran without a LookMCache ({reason}), so nothing was compressed. Leave "
+    "the cache to generate, pass a LookMCache, or call lookm.disable(model)"
+)
+
+
+@dataclass
+class Enabled:
+    """What enable was told, and whether it takes effect.
+
+    forwards: those that ran on a LookMCache. image_mask: bool [B, tokens], what the running generate was given, where
+    it hands embeddings alone to a part of the model. handles: of the hooks.
+    """
+
+    settings: tuple[Any, ...]
+    options: dict[str, Any]
+    forwards: int = 0
+    image_mask: Tensor | None = None
+    handles: tuple[Any, ...] = ()
+
+    def new_cache(self, model: PreTrainedModel) -> LookMCache:
+        """A fresh cache for the model that reads the prompt."""
+        image_mask = {} if self.image_mask is None else {"image_mask": self.image_mask}
+        return LookMCache(model, *self.settings, **image_mask | self.options)
 
 
 def enable(model: nn.Module, *settings: Any, **options: Any) -> None:
     """From now on `model.generate(**inputs)` runs on a LookMCache; arguments as for LookMCache.
 
-    The fresh DynamicCache that generate makes becomes a LookMCache before the model first reads it. A cache that holds
-    something already, and a LookMCache passed by the caller, stay what they are; a forward without a cache is not
-    touched. Calling enable again replaces the settings.
+    The fresh DynamicCache that generate makes becomes a LookMCache before the model first reads it; where generate
+    hands over to a part of the model (BLIP-2, InstructBLIP, Kosmos-2, the full Omni models), before that part does. A
+    cache that holds something already, and a LookMCache passed by the caller, stay what they are; a forward without a
+    cache is not touched. Calling enable again replaces the settings.
 
-    Raises what LookMCache raises, and later, from generate, NotImplementedError for a cache of another kind (static,
-    quantized, offloaded).
+    Raises what LookMCache raises; later, from generate, NotImplementedError for a cache of another kind (static,
+    quantized, offloaded), and RuntimeError where generate came to its end without a LookMCache.
     """
     LookMCache(model, *settings, **options)
     module = outermost(model)
     disable(model)
-    hook = functools.partial(_convert, settings, options)
-    # before the hook of LookMCache, which then finds one
-    module._lookm_enabled = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    enabled = Enabled(settings, options)
+    # before the hooks of LookMCache, which then find one
+    enabled.handles = tuple(
+        part.register_forward_pre_hook(functools.partial(_convert, enabled), with_kwargs=True, prepend=True)
+        for part in generating(module)
+    )
+    module._lookm_enabled = enabled
+    if hasattr(module, "generate"):
+        # a partial, which is copied and pickled along with its model
+        generate = functools.partial(_generate, module, enabled, module.generate)
+        module.generate = functools.update_wrapper(generate, module.generate)
 
 
-def _convert(
-    settings: tuple[Any, ...], options: dict[str, Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    cache = forward_arguments(module, args, kwargs).get("past_key_values")
-    if not isinstance(cache, Cache) or isinstance(cache, LookMCache) or cache.get_seq_length() > 0:
+def _generate(
+    module: PreTrainedModel, enabled: Enabled, generate: Callable[..., Any], *args: Any, **arguments: Any
+) -> Any:
+    part, before = generating(module)[-1], enabled.forwards
+    tokens = arguments.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
+    if part is not module and tokens is not None and arguments.get("inputs_embeds") is None:
+        media = find_media(module, arguments | {"input_ids": tokens})
+        enabled.image_mask = None if media is None else media > 0
+    try:
+        result = generate(*args, **arguments)
+    finally:
+        enabled.image_mask = None
+    if enabled.forwards == before:
+        passed = cache_argument(arguments)
+        without = "it was called with use_cache=False" if arguments.get("use_cache") is False else None
+        given = None if passed is None else f"it was given a {type(passed).__name__} that holds tokens already"
+        raise RuntimeError(NOT_USED.format(reason=without or given or f"{type(module).__name__} makes one of its own"))
+    return result
+
+
+def _convert(enabled: Enabled, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = cache_argument(forward_arguments(module, args, kwargs))
+    if isinstance(cache, LookMCache):
+        enabled.forwards += 1
+        return
+    if not isinstance(cache, Cache) or cache.get_seq_length() > 0:
         return
     if type(cache) is not DynamicCache or cache.offloading:
         raise NotImplementedError(
@@ -44,12 +102,19 @@ def _convert(
         )
     # in place: generate, or its caller, keeps this very object for the next forward
     cache.__class__ = LookMCache
-    cache.__dict__.update(LookMCache(module, *settings, **options).__dict__)
+    cache.__dict__.update(enabled.new_cache(module).__dict__)
+    enabled.forwards += 1
 
 
 def disable(model: nn.Module) -> None:
     """Undo enable: `generate` uses its ordinary cache again. Does nothing where enable was not called."""
     module = outermost(model)
-    handle = module.__dict__.pop("_lookm_enabled", None)
-    if handle is not None:
+    enabled = module.__dict__.pop("_lookm_enabled", None)
+    if enabled is None:
+        return
+    for handle in enabled.handles:
         handle.remove()
+    if isinstance(module.__dict__.get("generate"), functools.partial):
+        wrapped = module.__dict__.pop("generate").args[2]
+        if getattr(wrapped, "__self__", None) is not module:
+            module.generate = wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,41 +19,84 @@ Made = TypeVar("Made")
 
 @dataclass
 class Forward:
-    """image [B, q] bool and valid [B, q] bool (None: all) of the q tokens after the first `begun` ones.
+    """media [B, q] int8 (None: text) and valid [B, q] bool (None: all) of the q tokens after the first `begun` ones.
 
     given_image_mask: [B, tokens] bool by the user, instead of what the model's inputs say of these tokens.
     prompt_length: declared length of a prompt that comes in chunks; None: the first forward is the whole prompt.
-    plain: the mask of this forward is causal and padded, nothing else.
+    model: id of the model whose forward is under way; those of models inside it add nothing.
+    complete: the last forward came to its end; begun_at: tokens read before it.
+    length: tokens of the last forward that said what it reads; own_mask: it brought a mask in 4D.
+    hidden: [B, tokens before] bool, tokens that were read as visible and that this forward's mask hides; None: none.
+    hidden_places: [B, stored] bool, the same where all layers and heads store them at one place.
+    plain: masks that the overlay made for this forward, causal and padded and nothing else.
+    sound: masks that let every new token see all that is stored; restricted: some made for this forward do not.
     shared: what the first layer made for all of them (see once).
     """
 
     given_image_mask: Tensor | None = None
     prompt_length: int | None = None
+    model: int | None = None
+    complete: bool = True
+    begun_at: int = 0
+    length: int = 0
+    own_mask: bool = False
     begun: int | None = None
-    image: Tensor | None = None
+    media: Tensor | None = None
     masked: tuple[int, int] | None = None
     valid: Tensor | None = None
-    plain: bool = False
+    hidden: Tensor | None = None
+    hidden_places: Tensor | None = None
+    plain: list[weakref.ref[Any]] = field(default_factory=list)
+    sound: list[weakref.ref[Any]] = field(default_factory=list)
+    restricted: bool = False
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy makes its own: keys may hold weak references
-        return self.__dict__ | {"shared": {}}
+        # a copy makes its own: weak references cannot be copied
+        return self.__dict__ | {"shared": {}, "plain": [], "sound": []}
 
-    def begin(self, seen: int, image: Tensor | None) -> None:
-        """The model is about to read tokens from position `seen` on; image None: none of them is an image token."""
+    def begin(self, seen: int, length: int, media: Tensor | None, own_mask: bool = False) -> None:
+        """The model is about to read `length` tokens from position `seen` on; media None: all of them are text."""
         self.forget()
-        self.begun, self.image = seen, image
+        self.begun, self.length, self.media, self.own_mask = seen, length, media, own_mask
 
     def forget(self) -> None:
         """No forward was seen yet."""
-        self.begun = self.image = self.masked = self.valid = None
+        self.begun = self.media = self.masked = None
+        self.length = 0
+        self._forget_masks()
+
+    def _forget_masks(self) -> None:
+        self.valid = self.hidden = self.hidden_places = None
+        self.plain, self.sound, self.restricted = [], [], False
         self.shared.clear()
 
-    def mask(self, seen: int, length: int, valid: Tensor | None, plain: bool) -> None:
-        """The mask of the `length` tokens from position `seen` on."""
-        self.masked, self.valid, self.plain = (seen, length), valid, plain
+    def reset(self) -> None:
+        """As new, but for what the user gave."""
+        self.forget()
+        self.model, self.complete = None, True
+
+    def mask(self, seen: int, length: int, valid: Tensor | None) -> None:
+        """The padding mask of the `length` tokens from position `seen` on; a model may ask for several masks."""
+        if self.masked != (seen, length):
+            self._forget_masks()
+        self.masked, self.valid = (seen, length), valid
         self.shared.clear()
+
+    def note(self, mask: Any, plain: bool, sound: bool) -> None:
+        """The overlay made this mask."""
+        self.restricted |= not sound
+        if mask is not None:
+            self.plain += [weakref.ref(mask)] if plain else []
+            self.sound += [weakref.ref(mask)] if sound else []
+
+    def is_plain(self, mask: Any) -> bool:
+        """Whether an attention call got a very mask that the overlay made, and that one is plain."""
+        return any(made() is mask for made in self.plain)
+
+    def is_sound(self, mask: Any) -> bool:
+        """Whether an attention call over a compressed cache lets its queries see all of it."""
+        return not self.restricted or mask is None or any(made() is mask for made in self.sound)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives the first layer of this forward that asks under this key, for the others too."""
@@ -69,32 +113,28 @@ class Forward:
         """[B, length] bool, None where nothing is padding or no mask was made for these tokens."""
         return self.valid if self.masks(seen, length) else None
 
-    def plain_at(self, seen: int, length: int) -> bool:
-        """Whether the mask of these tokens is known to be causal and padded, nothing else."""
-        return self.masks(seen, length) and self.plain
-
-    def image_at(self, seen: int, keys: Tensor) -> Tensor:
-        """[B, q] bool, image tokens among the q new keys [B, H, q, D] from position `seen` on.
+    def media_at(self, seen: int, keys: Tensor) -> Tensor:
+        """[B, q] int8, the medium of each of the q new keys [B, H, q, D] from position `seen` on.
 
         RuntimeError when neither the model nor the user said.
         """
         batch, length = keys.shape[0], keys.shape[-2]
         if self.given_image_mask is not None and seen < self.given_image_mask.shape[1]:
-            image = self.given_image_mask[:, seen : seen + length]
-            if image.shape[1] != length:
+            media = self.given_image_mask[:, seen : seen + length].to(torch.int8)
+            if media.shape[1] != length:
                 raise ValueError(
                     f"`image_mask` must cover {seen + length} tokens, got {list(self.given_image_mask.shape)}"
                 )
         elif self.begun != seen:
             raise RuntimeError(NOT_SEEN)
-        elif self.image is None:
-            return keys.new_zeros((batch, length), dtype=torch.bool)
+        elif self.media is None:
+            return keys.new_zeros((batch, length), dtype=torch.int8)
         else:
-            image = self.image
-        if image.shape[1] != length or batch % image.shape[0]:
-            raise RuntimeError(f"lookm: image mask {list(image.shape)} does not fit the new keys {list(keys.shape)}")
+            media = self.media
+        if media.shape[1] != length or batch % media.shape[0]:
+            raise RuntimeError(f"lookm: image mask {list(media.shape)} does not fit the new keys {list(keys.shape)}")
         # beam search and num_return_sequences repeat the rows after the user gave a mask
-        repeats, device = batch // image.shape[0], keys.device
+        repeats, device = batch // media.shape[0], keys.device
         return self.once(
-            ("image", seen, length, repeats, device), lambda: image.to(device).repeat_interleave(repeats, 0)
+            ("media", seen, length, repeats, device), lambda: media.to(device).repeat_interleave(repeats, 0)
         )

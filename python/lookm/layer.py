@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-import lookm_kernels
 from lookm.forward import Forward
-from lookm.lse import LogSumExp
-from lookm.masks import is_4d, scoring_mask, stored_mask
+from lookm.masks import causal_without_mask, hide_places, is_4d, stored_mask, visible
 from lookm.observe import offset_of, tag
-from lookm.plan import Plan, Settings, make_plan
-from lookm.policy import Attention
+from lookm.plan import Plan, Settings
+from lookm.reading import Reading
 
-UNSUPPORTED_ARGUMENTS = {"s_aux": "attention sinks (learned extra logits)", "position_bias": "a position bias"}
 NOT_INTERCEPTED = (
     "lookm: the attention call that followed Cache.update was not intercepted, so the prompt could not be scored. The "
     "model uses an attention function of its own, or changes the keys between update and attention: not supported."
+)
+TWICE = (
+    "lookm: a layer attended a second time in one forward (differential attention, say); scores of one of its calls "
+    "would not describe what it attended to: not supported"
 )
 NOT_CROPPABLE = (
     "lookm: only tokens after the compressed prompt can be cropped, it ends at position {floor} and the crop at {end}"
@@ -31,23 +30,38 @@ NO_ASSISTANT = (
     "lookm: assisted (speculative) decoding is not supported: its draft tokens arrive with the prompt and would be "
     "compressed with it. (A prompt read with logits_to_keep > 1 looks the same; read it with 0 or 1.)"
 )
+MASK_TOO_SHORT = (
+    "`attention_mask` must cover the {seen} tokens read before and the {queries} new ones: [batch, {total}] or more, "
+    "got {got}"
+)
+SHOWS_PADDING = "`attention_mask` must not show tokens that it hid when they were read: they are not in the cache"
+HIDES_CHUNK = "`attention_mask` must not hide tokens that it showed in an earlier chunk of the same prompt"
+HIDES_MERGED = (
+    "`attention_mask` hides tokens of the compressed prompt that it showed when they were read. They were merged into "
+    "pairs that stand for others too, and cannot be taken out; rule='none' (a policy without merging) can do that"
+)
+MASKED_PAST = (
+    "lookm: this model's mask does not let every new token see every token before it (a mask function of its own); "
+    "over a compressed cache that cannot be followed: not supported"
+)
 
 
 class LookMLayer(DynamicLayer):
     """A DynamicLayer that holds K of a prompt's N tokens.
 
-    keys, values [B, H, stored, D]; valid [B, stored] bool or None: stored places that may be attended (a shorter row
-    has empty places first); kept [B, H, k] int32: original positions of the first k stored places, -1 for an empty one;
-    image [B, <= seen] bool: image tokens among all tokens seen (later ones are text); seen: tokens read so far, padding
-    included.
+    keys, values [B, H, stored, D]; valid [B, stored] bool or None: stored places that are no padding (a shorter row has
+    empty places first); kept [B, H, k] int32: original positions of the first k stored places, -1 for an empty one;
+    media [B, <= seen] int8: the medium of each token seen (later ones are text); shown [B, <= seen] bool or None:
+    tokens that were no padding when they were read (later ones were not); seen: tokens read so far, padding included;
+    evicted: positions of the prompts of which a part was evicted.
     """
 
     keys: Any
     values: Any
-    image: Any
+    media: Any
     scores: Any
     is_croppable = False  # not as a whole: see crop
-    _row_tensors = ("keys", "values", "valid", "kept", "image", "scores", "padding")
+    _row_tensors = ("keys", "values", "valid", "kept", "media", "scores", "shown")
 
     def __init__(self, settings: Settings, forward: Forward) -> None:
         super().__init__()
@@ -59,10 +73,11 @@ class LookMLayer(DynamicLayer):
         self.is_initialized = False
         self.valid: Tensor | None = None
         self.kept: Tensor | None = None
-        self.image = self.scores = None
-        self.padding: Tensor | None = None
+        self.media = self.scores = None
+        self.shown: Tensor | None = None
         self.seen = 0
         self.compressed = False
+        self.evicted: list[range] = []
         self.pending = False
         self.segment_start = 0
         self.compressed_at = 0
@@ -71,6 +86,16 @@ class LookMLayer(DynamicLayer):
     def stored(self) -> int:
         """Places in the cache now, empty ones included."""
         return int(self.keys.shape[-2]) if self.is_initialized else 0
+
+    @property
+    def image(self) -> Any:
+        """[B, <= seen] bool: tokens that stand for an image, a video or audio; None before any was read."""
+        return None if self.media is None else self.media > 0
+
+    @property
+    def padding(self) -> Tensor | None:
+        """[B]: padding among the tokens seen; None where there is none."""
+        return None if self.shown is None else (~self.shown).sum(1)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: positions and slices of later inputs depend on it, not on what is stored."""
@@ -88,156 +113,183 @@ class LookMLayer(DynamicLayer):
         """(stored + q, offset): stored tokens stand right before the query, whatever their original position."""
         if self.pending:
             raise NotImplementedError(NOT_INTERCEPTED)
-        return self.stored + query_length, offset_of(self, self.seen - self.stored)
+        return self.stored + query_length, offset_of(self.make_mask, self.seen - self.stored)
 
-    def rewrite_mask(self, mask: Tensor | None, batch: int, queries: int, plain: bool) -> Tensor | None:
-        """Called by the mask overlay: the 2D padding mask of the forward, made true for what is stored.
+    def make_mask(self, make: Callable[..., Any], plain: bool, arguments: dict[str, Any]) -> Any:
+        """Called by the mask overlay: make the mask of a forward from a 2D mask that is true for what is stored.
 
-        mask: [B, tokens] bool over all tokens seen and the queries, or None. Returns None where nothing is masked.
+        plain: the mask function is causal, nothing else.
         """
-        new = None
-        if mask is not None:
-            new = mask[:, self.seen : self.seen + queries]
-            new = (new if new.shape[1] == queries else mask[:, -queries:]).bool()
-            new = None if bool(new.all()) else new
-        self.forward.mask(self.seen, queries, new, plain)
+        given: Tensor | None = arguments.get("attention_mask")
+        batch, queries = arguments["batch_size"], arguments["q_length"]
+        visible_places, new = self._read_mask(given, queries)
+        if self.compressed:
+            unmasked = visible_places is None and new is None
+            offset = self.seen - self.stored
+            given = None if unmasked else stored_mask(visible_places, new, offset, self.stored, batch, queries)
+        mask = make(**arguments | {"attention_mask": given})
+        sound = plain or self.stored == self.seen or not is_4d(mask)
+        if not sound:
+            past = visible(mask, "", queries, self.stored + queries)[..., : self.stored]
+            expected = past.new_ones(()) if visible_places is None else visible_places[:, None, None]
+            sound = bool((past == expected).all())
+        self.forward.note(mask, plain, sound)
+        return mask
+
+    def _read_mask(self, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which stored places and which of the new tokens a 2D mask shows: [B, stored] and [B, q] bool, None for all.
+
+        mask: [B, tokens] bool over all tokens seen and the queries, or None, which hides nothing but padding.
+        """
+        if mask is None:
+            self.forward.mask(self.seen, queries, None)
+            return self.valid, None
+        total = self.seen + queries
+        if mask.shape[1] < total:
+            raise ValueError(MASK_TOO_SHORT.format(seen=self.seen, queries=queries, total=total, got=list(mask.shape)))
+        mask = mask[:, :total].bool()
+        everything = bool(mask.all())
+        new = None if everything or bool(mask[:, self.seen :].all()) else mask[:, self.seen :]
+        self.forward.mask(self.seen, queries, new)
+        if everything and self.shown is None:
+            return self.valid, new
+        before = mask[:, : self.seen]
+        shown = torch.ones_like(before)
+        if self.shown is not None:
+            shown[:, : self.shown.shape[1]] = self.shown
+        if torch.equal(before, shown):
+            return self.valid, new
+        if bool((before & ~shown).any()):
+            raise ValueError(SHOWS_PADDING)
+        return self._hide(shown & ~before), new
+
+    def _hide(self, hidden: Tensor) -> Tensor | None:
+        """The stored places that stay visible where tokens hidden [B, seen] are not: [B, stored] bool.
+
+        Tokens of a prompt some of which was evicted stand at other places in every head: see attend.
+        """
         if not self.compressed:
-            return mask
-        if self.valid is None and new is None:
-            return None
-        return stored_mask(self.valid, new, self.seen - self.stored, self.stored, batch, queries)
+            raise ValueError(HIDES_CHUNK)
+        if any(bool(hidden[:, tokens.start : tokens.stop].any()) for tokens in self.evicted):
+            if self.settings.policy.rule != "none":
+                raise ValueError(HIDES_MERGED)
+            self.forward.hidden = hidden
+            return self.valid
+        places = self._places_of(hidden)[:, 0]
+        self.forward.hidden_places = places
+        return ~places if self.valid is None else self.valid & ~places
+
+    def _places_of(self, tokens: Tensor) -> Tensor:
+        """[B, H, stored] bool: the places that hold one of the tokens [B, <= seen] bool."""
+        positions = self.kept_positions()
+        tokens = torch.nn.functional.pad(tokens, (0, self.seen - tokens.shape[1]))
+        held = tokens[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
+        return held & (positions >= 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, H, q, D]; while a prompt is read, the keys returned carry this layer."""
+        """Store new keys and values [B, H, q, D]; while a prompt is read, the keys returned lead to `attend`."""
         if self.pending:
             raise NotImplementedError(NOT_INTERCEPTED)
         new = key_states.shape[-2]
         reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
         self._note_padding(self.forward.valid_at(self.seen, new), key_states)
         if reading or new > 1:
-            self._note_image(self.forward.image_at(self.seen, key_states))
+            self._note_media(self.forward.media_at(self.seen, key_states))
         if self.is_initialized:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         else:
             self.keys, self.values = key_states, value_states
-            self.dtype, self.device = key_states.dtype, key_states.device
+            self.device = key_states.device
             self.is_initialized = True
         self.seen += new
         if not reading:
-            return self.keys, self.values
+            unusual = self.forward.hidden is not None or self.forward.restricted
+            return tag(self.keys, self.follow) if unusual else self.keys, self.values
         if self.compressed:
             self.compressed, self.segment_start = False, self.stored - new
         self.pending = True
-        return tag(self.keys, self), self.values
+        return tag(self.keys, self.attend), self.values
 
     def _note_padding(self, valid: Tensor | None, keys: Tensor) -> None:
         if valid is None and self.valid is None:
             return
         new = keys.new_ones(keys.shape[0], keys.shape[-2], dtype=torch.bool) if valid is None else valid.to(keys.device)
-        old = self.valid if self.valid is not None else new.new_ones(new.shape[0], self.stored)
-        self.valid = torch.cat([old, new], 1)
-        self.padding = (~new).sum(1) if self.padding is None else self.padding + (~new).sum(1)
+        self.valid = torch.cat([_padded(self.valid, new, self.stored), new], 1)
+        if valid is not None:
+            self.shown = torch.cat([_padded(self.shown, new, self.seen), new], 1)
 
-    def _note_image(self, image: Tensor) -> None:
-        if self.image is None:
-            known = image.new_zeros(image.shape[0], self.seen)
+    def _note_media(self, media: Tensor) -> None:
+        if self.media is None:
+            known = media.new_zeros(media.shape[0], self.seen)
         else:
-            known = torch.nn.functional.pad(self.image, (0, self.seen - self.image.shape[1]))
-        self.image = torch.cat([known, image], 1)
+            known = torch.nn.functional.pad(self.media, (0, self.seen - self.media.shape[1]))
+        self.media = torch.cat([known, media], 1)
 
     # a compiled model calls it as it is: it decides by numbers of the host
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
-        self, inner: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any,
-        **kwargs: Any,
+        self, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        mask: Any, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Called by the attention overlay: run the backend untouched, score the prompt, compress it once complete."""
+        if not self.pending:
+            raise NotImplementedError(TWICE)
         self.pending = False
-        for name, meaning in UNSUPPORTED_ARGUMENTS.items():
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(f"lookm: a model with {meaning} is not supported (argument {name!r})")
+        mask = self._follow(implementation, module, query, mask, kwargs)
         declared = self.forward.prompt_length
         remaining = 0 if declared is None or self.seen > declared else declared - self.seen
         if declared is not None and self.seen > declared and self.segment_start == 0:
             raise ValueError(f"`prompt_length` is {declared}, but the prompt has {self.seen} tokens already")
-        plan = self._plan(mask, query.shape[2], remaining)
-        observed = LogSumExp()
-        free = mask is None and plan.valid is None and plan.evicts and self.settings.policy.looks
-        with observed if free else nullcontext():
-            output = inner(module, query, key, value, mask, *args, **kwargs)
-        with torch.no_grad():
-            if plan.evicts:
-                self._observe(query, mask, plan, observed, getattr(module, "is_causal", True), **kwargs)
-            if remaining == 0:
-                self._compress(plan)
-        return output
-
-    @torch.no_grad()
-    def _plan(self, mask: Any, queries: int, remaining: int) -> Plan:
-        """The plan of this forward, made by its first layer; all that waits for the device, before the attention."""
-        unknown = self.valid is None and is_4d(mask) and not self.forward.masks(self.seen - queries, queries)
-        own_mask = mask if unknown else None
-        key = (
-            "plan", self.seen, self.stored, self.segment_start, queries, remaining, self.keys.shape[0],
-            self.column_bytes, self.keys.device, weakref.ref(mask) if unknown else None,
-        )  # fmt: skip
-        plan = self.forward.once(key, lambda: make_plan(self, queries, remaining, own_mask))
-        if unknown and plan.valid is not None:
-            self.valid, self.padding = plan.valid, (~plan.valid).sum(1)
-        return plan
-
-    @property
-    def column_bytes(self) -> int:
-        """Bytes of one token column of this layer: its key and value in all rows and heads."""
-        return int((self.keys[:, :, 0].numel() + self.values[:, :, 0].numel()) * self.keys.element_size())
-
-    def _observe(
-        self, query: Tensor, mask: Any, plan: Plan, observed: LogSumExp, causal: bool, scaling: float | None = None,
-        softcap: float | None = None, is_causal: bool | None = None, **_: Any,
-    ) -> None:  # fmt: skip
-        """Add this chunk's scores to those of the chunks before."""
+        image = self.image[:, self.seen - (self.stored - self.segment_start) :]
+        reading = Reading(self.settings, self.forward, self.keys, self.values, self.valid, image, self.seen)
         queries = query.shape[2]
-        causal = causal if is_causal is None else is_causal
-        plain = self.forward.plain_at(self.seen - queries, queries)
-        masking = scoring_mask(mask, plain, causal, plan.valid, plan.key_start, queries, self.stored)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        lse = observed.of(query, self.keys, causal, scale) if softcap is None else None
-        policy = self.settings.policy
-        attention = Attention(
-            query, self.keys, plan.prompt, scale, softcap, lse=lse, query_weight=plan.query_weight, picked=plan.picked,
-            fp8=policy.fp8, **masking,
-        )  # fmt: skip
-        scores = policy.score(attention)
-        if self.scores is not None:
+        plan = reading.plan(mask, implementation, queries, remaining)
+        if reading.masked_by_user(mask, queries) and plan.valid is not None:
+            self.valid, new = plan.valid, plan.valid[:, -queries:]
+            self.shown = torch.cat([_padded(self.shown, new, self.seen - queries), new], 1)
+        output, scores = reading.attend(plan, inner, implementation, module, query, key, value, mask, *args, **kwargs)
+        if scores is not None and self.scores is not None:
             scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
         self.scores = scores
+        if remaining == 0:
+            self._compress(reading, plan)
+        return output
 
-    def _compress(self, plan: Plan) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def follow(
+        self, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        mask: Any, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Called by the attention overlay where this forward has an unusual mask, over what was compressed before."""
+        mask = self._follow(implementation, module, query, mask, kwargs)
+        return inner(module, query, key, value, mask, *args, **kwargs)
+
+    def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
+        """The mask of an attention call, made true for what this layer holds."""
+        if not self.forward.is_sound(mask):
+            raise NotImplementedError(MASKED_PAST)
+        if self.forward.hidden is None:
+            return mask
+        causal = causal_without_mask(implementation, module, arguments.get("is_causal"))
+        return hide_places(mask, self._places_of(self.forward.hidden), implementation, query, causal)
+
+    def _compress(self, reading: Reading, plan: Plan) -> None:
         """Replace the prompt, or the segment, by what its budget keeps, in a buffer of its own size."""
-        before, prompt = self.kept_positions()[:, :, : self.segment_start], plan.prompt
+        before = self.kept_positions()[:, :, : self.segment_start]
         first_position = self.seen - (self.stored - self.segment_start)
         if plan.evicts:
-            kept = self._evict(plan)
+            self.keys, self.values, kept = reading.compress(plan, self.scores)
             kept = torch.where(kept < 0, -1, kept + first_position)
+            self.evicted = [*self.evicted, range(first_position, self.seen)]
         else:
             positions = torch.arange(first_position, self.seen, dtype=torch.int32, device=self.keys.device)
             kept = positions.expand(*self.keys.shape[:2], -1)
-            if prompt.valid is not None:
-                kept = kept.masked_fill(~prompt.valid[:, None], -1)
+            if plan.prompt.valid is not None:
+                kept = kept.masked_fill(~plan.prompt.valid[:, None], -1)
         self.kept = torch.cat([before, kept], 2)
         self.valid, self.scores = plan.stored_valid, None
         self.compressed, self.compressed_at = True, self.seen
-
-    def _evict(self, plan: Plan) -> Tensor:
-        policy, prompt, start, size = self.settings.policy, plan.prompt, self.segment_start, max(plan.prompt.keep)
-        keys, values = _writable(self.keys[:, :, start:]), _writable(self.values[:, :, start:])
-        values = values.clone() if values.data_ptr() == keys.data_ptr() else values
-        scores = policy.finish(self.scores, prompt)
-        kept = lookm_kernels.compress_(keys, values, scores, plan.tiers, prompt.keep, policy.rule, policy.gate)
-        self.keys = torch.cat([self.keys[:, :, :start], keys[:, :, :size]], 2)
-        self.values = torch.cat([self.values[:, :, :start], values[:, :, :size]], 2)
-        return kept
 
     def kept_positions(self) -> Tensor:
         """[B, H, stored] int32: the original position of every stored place, -1 for an empty one."""
@@ -252,7 +304,7 @@ class LookMLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything, and what the last forward said."""
         self._clear()
-        self.forward.forget()
+        self.forward.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens (a negative number of them; a positive final length before transformers 5.18).
@@ -264,10 +316,9 @@ class LookMLayer(DynamicLayer):
             return
         end = self.seen - removed
         self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
-        if self.valid is not None:
-            self.padding = self.padding - (~self.valid[:, -removed:]).sum(1) if self.padding is not None else None
-            self.valid = self.valid[:, :-removed]
-        self.image = None if self.image is None else self.image[:, :end]
+        self.valid = None if self.valid is None else self.valid[:, :-removed]
+        self.shown = None if self.shown is None else self.shown[:, :end]
+        self.media = None if self.media is None else self.media[:, :end]
         self.seen = end
         self.forward.shared.clear()
 
@@ -310,9 +361,9 @@ class LookMLayer(DynamicLayer):
         self.forward.shared.clear()
 
 
-def _writable(rows: Tensor) -> Tensor:
-    """The model's own tensor, to be compacted in place, or a copy where it shares memory or a gradient needs it."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
-    if rows.requires_grad:
-        return rows.detach().clone()
-    return rows.contiguous() if expanded or rows.stride(-1) != 1 else rows
+def _padded(known: Tensor | None, new: Tensor, length: int) -> Tensor:
+    """What is known [B, <= length] bool of earlier tokens, True for the rest: [B, length]."""
+    padded = new.new_ones(new.shape[0], length)
+    if known is not None:
+        padded[:, : known.shape[1]] = known
+    return padded

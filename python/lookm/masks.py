@@ -6,6 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+# backends that add their mask to the logits, and do nothing about causality without one
+ADDITIVE = ("eager", "flex_attention")
+# an additive mask hides a key from here down: the softmax of what is left never sees it
+HIDDEN_BELOW = -1e4
+BIASED = (
+    "lookm: this attention adds a bias to its logits (a finite value in a mask of {dtype}); scores without it would "
+    "not describe the attention that was paid: not supported"
+)
 
 
 def stored_mask(valid: Tensor | None, new: Tensor | None, offset: int, stored: int, batch: int, queries: int) -> Tensor:
@@ -24,15 +34,35 @@ def stored_mask(valid: Tensor | None, new: Tensor | None, offset: int, stored: i
     return mask
 
 
-def visible(mask: Tensor, stored: int) -> Tensor:
-    """A 4D attention mask, bool or additive, as bool [B, heads, q, stored]."""
-    mask = mask[..., :stored]
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def is_4d(mask: Any) -> bool:
     """Whether an attention call got a mask per query and key, rather than none or a padding mask."""
-    return isinstance(mask, Tensor) and mask.ndim == 4
+    return isinstance(mask, (Tensor, BlockMask)) and len(mask.shape) == 4
+
+
+def visible(mask: Tensor | BlockMask, implementation: str, queries: int, stored: int) -> Tensor:
+    """What a 4D attention mask lets be seen: bool [B or 1, heads or 1, q, stored].
+
+    Additive masks hide where they are -10,000 or less. NotImplementedError where one has other values than 0 besides.
+    """
+    if isinstance(mask, BlockMask):
+        batch, heads = mask.shape[:2]
+        # one head stands for all of them
+        seen: Tensor = create_mask(mask.mask_mod, batch, heads, queries, stored, device=mask.kv_num_blocks.device)
+        return seen
+    mask = mask[..., :stored].expand(-1, -1, queries, -1)
+    if mask.dtype == torch.bool and implementation not in ADDITIVE:
+        return mask
+    hidden = mask <= HIDDEN_BELOW
+    if bool(((mask != 0) & ~hidden).any()):
+        raise NotImplementedError(BIASED.format(dtype=mask.dtype))
+    return ~hidden
+
+
+def causal_without_mask(implementation: str, module: Any, is_causal: bool | None) -> bool:
+    """Whether a backend that gets no mask per query hides the future by itself."""
+    if implementation in ADDITIVE:
+        return False
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def left_padding(valid: Tensor | None) -> Tensor | None:
@@ -44,17 +74,32 @@ def left_padding(valid: Tensor | None) -> Tensor | None:
     return first.int() if bool((valid == (torch.arange(places, device=valid.device) >= first[:, None])).all()) else None
 
 
-def scoring_mask(
-    mask: Any, plain: bool, causal: bool, valid: Tensor | None, key_start: Tensor | None, queries: int, stored: int
-) -> dict[str, Any]:
-    """The mask of an attention call as the arguments causal, key_start and mask of attention_scores.
+def padding_mask(valid: Tensor | None, key_start: Tensor | None, queries: int) -> dict[str, Any]:
+    """Padding as the arguments key_start and mask of attention_scores: valid [B, stored] and its left_padding."""
+    if valid is None or key_start is not None:
+        return {"key_start": key_start, "mask": None}
+    return {"key_start": None, "mask": valid[:, None, None].expand(-1, 1, queries, -1)}
 
-    mask: what the attention got; plain: it is known to be causal and padded, nothing else; valid [B, stored] bool or
-        None, and its left_padding.
-    A mask known to be plain is given as causal and key_start, which need not be read by key and query.
+
+def hide_places(mask: Tensor | None, hidden: Tensor, implementation: str, query: Tensor, causal: bool) -> Tensor:
+    """An attention call's mask that hides places of single heads too.
+
+    mask: what the call got: None, or 4D. hidden [B, H, N] bool: places of each KV head that query [B, Hq, M, D] may not
+    see. NotImplementedError for a mask that cannot tell heads apart.
     """
-    if is_4d(mask) and not plain:
-        return {"causal": False, "key_start": key_start, "mask": visible(mask, stored)}
-    if valid is not None and key_start is None:
-        return {"causal": causal, "key_start": None, "mask": valid[:, None, None].expand(-1, 1, queries, -1)}
-    return {"causal": causal, "key_start": key_start, "mask": None}
+    batch, heads, stored = hidden.shape
+    queries = query.shape[2]
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        raise NotImplementedError(
+            f"lookm: attention_mask hides tokens of the compressed prompt, which {implementation} attention cannot do "
+            "head by head; use sdpa or eager"
+        )
+    hidden = hidden.repeat_interleave(query.shape[1] // heads, 1)[:, :, None]
+    if mask is None:
+        seen = torch.ones(queries, stored, dtype=torch.bool, device=hidden.device)
+        mask = seen.tril(stored - queries) if causal else seen
+        if implementation in ADDITIVE:
+            mask = torch.zeros_like(mask, dtype=query.dtype)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.expand(batch, query.shape[1], -1, -1).masked_fill(hidden, torch.finfo(mask.dtype).min)

@@ -1,24 +1,44 @@
-"""Which tokens of a forward are image or video tokens."""
+"""Which tokens of a forward stand for images, videos or audio."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
 
-TOKEN_ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+# a medium's number is the one that transformers' mm_token_type_ids has for it
+MEDIA = ("text", "image", "video", "audio")
+IMAGE, VIDEO, AUDIO = 1, 2, 3
+TOKEN_ID_FIELDS = {
+    "image_token_id": IMAGE,
+    "image_token_index": IMAGE,
+    "image_patch_id": IMAGE,
+    "video_token_id": VIDEO,
+    "video_token_index": VIDEO,
+    "audio_token_id": AUDIO,
+    "audio_token_index": AUDIO,
+}
+# arguments of a forward that bring the features of a medium
+VISUAL = re.compile(
+    r"pixel_values|flattened_patches$|image_patches$|(image|video)_(embeds|features|patches)$|image_embeds_position_mask$"
+)
+AUDIBLE = re.compile(r"input_features$|input_values$|audio_(values|features|embeds|codes|input_ids)$")
+# the name of a forward's cache from transformers 5.24 on, and before
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+# parts to which a model's own `generate` hands over (the full Omni models; BLIP-2, InstructBLIP; Kosmos-2)
+GENERATING_PARTS = ("thinker", "language_model", "text_model")
 MERGED = (
     "lookm: no image placeholder is recognisable in inputs_embeds; if image features are merged into them already (or "
     "there are none), say which tokens are images with LookMCache(..., image_mask=bool [batch, prompt tokens])"
 )
-
-
 UNNAMED = (
-    "lookm: this forward brings images ({!r}), but the model's configuration names no image token; say which tokens "
-    "are images with LookMCache(..., image_mask=bool [batch, prompt tokens])"
+    "lookm: this forward brings {medium} ({name!r}), but the model's configuration names no token for it; say which "
+    "tokens are images (or audio) with LookMCache(..., image_mask=bool [batch, prompt tokens])"
 )
 
 
@@ -30,11 +50,19 @@ def outermost(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}")
 
 
-def image_token_ids(config: Any) -> list[int]:
-    """Placeholder ids of image and video tokens that the configuration names; none for a text-only model."""
-    places = (config, getattr(config, "vision_config", None))
-    ids = {getattr(place, field, None) for place in places for field in TOKEN_ID_FIELDS}
-    return sorted(token for token in ids if isinstance(token, int))
+def generating(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models whose forward may decode when `model.generate` is called: itself, and a part it may hand over to."""
+    part = None
+    if isinstance(model, GenerationMixin) and type(model).generate is not GenerationMixin.generate:
+        part = next((getattr(model, name) for name in GENERATING_PARTS if hasattr(model, name)), None)
+    return [model, part] if isinstance(part, PreTrainedModel) and part.can_generate() else [model]
+
+
+def media_token_ids(config: Any) -> dict[int, int]:
+    """Placeholder ids that the configuration names, and the medium of each; none for a text-only model."""
+    places = (config, *(getattr(config, name, None) for name in ("vision_config", "audio_config")))
+    ids = {getattr(place, field, None): medium for place in places for field, medium in TOKEN_ID_FIELDS.items()}
+    return {token: medium for token, medium in ids.items() if isinstance(token, int)}
 
 
 def forward_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -44,29 +72,61 @@ def forward_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
-def find_image_tokens(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor | None:
-    """[B, q] bool of a forward's arguments, None where the model knows no image tokens.
+def cache_argument(arguments: dict[str, Any]) -> Cache | None:
+    """The cache among a forward's arguments, under its old or its new name."""
+    found = (arguments.get(name) for name in CACHE_ARGUMENTS)
+    return next((cache for cache in found if isinstance(cache, Cache)), None)
 
-    From input_ids and the configuration's placeholder ids; else from mm_token_type_ids (1 image, 2 video); else from
-    the placeholder's rows of the embedding table. ValueError where the forward brings images, or embeddings alone, and
-    nothing tells which tokens they are.
+
+@torch.no_grad()
+def find_media(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor | None:
+    """[B, q] int8, the medium (see MEDIA) of each token of a forward; None where the model knows none but text.
+
+    From the argument image_embeds_position_mask; else from input_ids and the configuration's placeholder ids; else from
+    mm_token_type_ids; else from the placeholders' embeddings. ValueError where the forward brings images or audio, or
+    embeddings alone, and nothing tells which tokens they are.
     """
-    ids = image_token_ids(model.config)
+    ids = media_token_ids(model.config)
     tokens: Tensor | None = arguments.get("input_ids")
-    if tokens is not None and ids:
-        return torch.isin(tokens, torch.tensor(ids, device=tokens.device))
-    embeddings: Tensor = arguments["inputs_embeds"] if tokens is None else tokens
+    embeddings: Tensor | None = arguments.get("inputs_embeds")
+    length = (embeddings if tokens is None else tokens).shape[1]  # type: ignore[union-attr]
+    marked: Tensor | None = arguments.get("image_embeds_position_mask")
+    if marked is not None and marked.shape[-1] == length:
+        return (marked != 0).to(torch.int8)
     types: Tensor | None = arguments.get("mm_token_type_ids")
-    if types is not None and types.shape[-1] == embeddings.shape[1]:
-        return (types == 1) | (types == 2)
-    pictures = [name for name, value in arguments.items() if "pixel_values" in name and value is not None]
-    if tokens is not None and pictures:
-        raise ValueError(UNNAMED.format(pictures[0]))
-    if tokens is not None:
-        return None
-    table = model.get_input_embeddings().weight
-    rows = table[[token for token in ids if token < table.shape[0]]].to(embeddings)
-    found: Tensor = (embeddings[:, :, None] == rows).all(-1).any(-1)
-    if not found.any():
+    typed = types is not None and types.shape[-1] == length
+    if tokens is None and typed:
+        return types.to(torch.int8)  # type: ignore[union-attr]
+    if tokens is None:
+        return _by_embedding(model, embeddings, ids)  # type: ignore[arg-type]
+    _refuse_unnamed(arguments, set(ids.values()) | ({IMAGE, AUDIO} if typed else set()))
+    if ids:
+        return _by_id(tokens, ids)
+    return types.to(torch.int8) if typed else None  # type: ignore[union-attr]
+
+
+def _by_id(tokens: Tensor, ids: dict[int, int]) -> Tensor:
+    media = torch.zeros_like(tokens, dtype=torch.int8)
+    for token, medium in ids.items():
+        media.masked_fill_(tokens == token, medium)
+    return media
+
+
+def _by_embedding(model: PreTrainedModel, embeddings: Tensor, ids: dict[int, int]) -> Tensor:
+    # through the embedding layer: some scale what the table holds
+    embed = model.get_input_embeddings()
+    known = [token for token in ids if token < embed.weight.shape[0]]
+    media = torch.zeros(embeddings.shape[:2], dtype=torch.int8, device=embeddings.device)
+    rows = embed(torch.tensor(known, dtype=torch.long, device=embed.weight.device)).to(embeddings)
+    for token, row in zip(known, rows, strict=True):
+        media.masked_fill_((embeddings == row).all(-1), ids[token])
+    if not media.any():
         raise ValueError(MERGED)
-    return found
+    return media
+
+
+def _refuse_unnamed(arguments: dict[str, Any], named: set[int]) -> None:
+    for pattern, medium, known in ((VISUAL, "images", {IMAGE, VIDEO}), (AUDIBLE, "audio", {AUDIO})):
+        for name, value in arguments.items():
+            if value is not None and pattern.search(name) and not known & named:
+                raise ValueError(UNNAMED.format(medium=medium, name=name))

@@ -1,43 +1,41 @@
 """The overlays: attention calls hand their query to the cache, and masks become true for what is stored.
 
 The backend's name stays: a wrapper takes the place of "sdpa", "flash_attention_2", ... in transformers' registries,
-runs the untouched backend, and does more only where the key carries a layer of a LookMCache. Everything else passes
-straight through: other models, vision towers, cross attention, decoding.
+runs the untouched backend, and does more only where the key carries the `attend` of a layer of a LookMCache, or the
+mask's offset its `make_mask`. Everything else passes straight through: other models, vision towers, cross attention,
+decoding.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
-if TYPE_CHECKING:
-    from lookm.layer import LookMLayer
-
 Attend = Callable[..., Any]
 
 
 class Offset(int):
-    """A mask offset that knows the layer it came from; arithmetic on it gives plain ints."""
+    """A mask offset that knows who makes the mask of its layer; arithmetic on it gives plain ints."""
 
-    layer: LookMLayer | None = None
+    make_mask: Attend | None = None
 
 
-def offset_of(layer: LookMLayer, value: int) -> Offset:
+def offset_of(make_mask: Attend, value: int) -> Offset:
     """The offset `value` of a layer's stored keys, for the mask overlay to recognise."""
     offset = Offset(value)
-    offset.layer = layer
+    offset.make_mask = make_mask
     return offset
 
 
-def tag(keys: Tensor, layer: LookMLayer) -> Tensor:
-    """A fresh alias of keys that carries its layer to the attention call (fresh: no reference cycle is made)."""
+def tag(keys: Tensor, attend: Attend) -> Tensor:
+    """A fresh alias of keys that carries `attend` to the attention call (fresh: no reference cycle is made)."""
     alias = keys.view(keys.shape)
-    alias._lookm_layer = layer  # type: ignore[attr-defined]
+    alias._lookm_attend = attend  # type: ignore[attr-defined]
     return alias
 
 
@@ -57,7 +55,8 @@ def install(implementation: str) -> None:
     if implementation == "eager":
         _install_eager()
     else:
-        AttentionInterface.register(implementation, _over_attention(AttentionInterface._global_mapping[implementation]))
+        attend = AttentionInterface._global_mapping[implementation]
+        AttentionInterface.register(implementation, _over_attention(attend, implementation))
     AttentionMaskInterface.register(implementation, _over_mask(masks[implementation]))
 
 
@@ -70,14 +69,14 @@ def _install_eager() -> None:
     @functools.wraps(original)
     def get_interface(self: AttentionInterface, attn_implementation: str, default: Attend) -> Attend:
         attend: Attend = original(self, attn_implementation, default)
-        return _over_attention(attend) if attn_implementation == "eager" else attend
+        return _over_attention(attend, "eager") if attn_implementation == "eager" else attend
 
     get_interface._lookm = True  # type: ignore[attr-defined]
     AttentionInterface.get_interface = get_interface
 
 
 @functools.cache
-def _over_attention(attend: Attend) -> Attend:
+def _over_attention(attend: Attend, implementation: str) -> Attend:
     if getattr(attend, "_lookm", False):
         return attend
 
@@ -85,10 +84,10 @@ def _over_attention(attend: Attend) -> Attend:
     def lookm_attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        layer = getattr(key, "_lookm_layer", None)
-        if layer is None or not layer.pending:
+        attend_in_cache = getattr(key, "_lookm_attend", None)
+        if attend_in_cache is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
-        return layer.attend(attend, module, query, key, value, attention_mask, *args, **kwargs)
+        return attend_in_cache(attend, implementation, module, query, key, value, attention_mask, *args, **kwargs)
 
     lookm_attention._lookm = True  # type: ignore[attr-defined]
     return lookm_attention
@@ -102,16 +101,12 @@ def _over_mask(make: Attend) -> Attend:
     @functools.wraps(make)
     def lookm_mask(*args: Any, **kwargs: Any) -> Any:
         offset = kwargs.get("kv_offset", 0)
-        layer = getattr(offset, "layer", None)
-        if layer is not None:
-            kwargs["kv_offset"] = int(offset)
-            kwargs["attention_mask"] = layer.rewrite_mask(
-                kwargs.get("attention_mask"),
-                kwargs["batch_size"],
-                kwargs["q_length"],
-                plain=kwargs.get("mask_function") is causal_mask_function,
-            )
-        return make(*args, **kwargs)
+        make_in_cache = getattr(offset, "make_mask", None)
+        if make_in_cache is None:
+            return make(*args, **kwargs)
+        kwargs["kv_offset"] = int(offset)
+        plain = kwargs.get("mask_function") is causal_mask_function
+        return make_in_cache(functools.partial(make, *args), plain, kwargs)
 
     lookm_mask._lookm = True  # type: ignore[attr-defined]
     return lookm_mask

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lookm.budget import Budget, extend_for_text
-from lookm.masks import left_padding, visible
+from lookm.masks import left_padding
 from lookm.policy import Policy, Prompt, on_device
-
-if TYPE_CHECKING:
-    from lookm.layer import LookMLayer
 
 
 @dataclass(frozen=True)
@@ -52,19 +48,39 @@ class Plan:
     picked: Tensor | None
 
 
-def make_plan(layer: LookMLayer, queries: int, remaining: int, mask: Tensor | None) -> Plan:
-    """The plan for a layer that has stored new keys, and for all others that have stored as many on its device.
+@dataclass(frozen=True)
+class Stored:
+    """What a layer holds when a plan is made for it, and for all others that hold as much on its device.
 
-    queries: tokens of this forward. remaining: tokens of the prompt still to come. mask: a 4D mask by the user, None
-    where padding is known otherwise.
+    image [B, N] bool: image tokens among the N of the prompt, the last of `places` stored ones.
+    valid [B, places] bool: places that are no padding; visible: those that this forward's mask lets be seen besides;
+        None: all.
+    bytes_per_token: of one token column, all rows and compressed layers together.
     """
-    valid = layer.valid if mask is None else _seen_last(mask, layer.stored, layer.keys.shape[0])
-    prompt, lengths = _budgeted(layer, valid, remaining)
+
+    image: Tensor
+    places: int
+    valid: Tensor | None
+    visible: Tensor | None
+    bytes_per_token: int
+
+
+def make_plan(stored: Stored, settings: Settings, queries: int, remaining: int) -> Plan:
+    """The plan of a forward of `queries` tokens; `remaining` tokens of the prompt are still to come."""
+    policy = settings.policy
+    prompt, lengths = _budgeted(stored, settings, remaining)
     evicts = over_budget(prompt, lengths)
-    policy = layer.settings.policy
-    stored_valid = _stored_valid(layer, valid, prompt.keep) if evicts else valid
+    stored_valid = _stored_valid(stored, prompt.keep) if evicts else stored.valid
     looking = pick_queries(policy, prompt, queries) if evicts and policy.looks else (None, None)
-    return Plan(prompt, evicts, valid, stored_valid, left_padding(valid), prompt.tiers(policy.text_prior), *looking)
+    return Plan(
+        prompt,
+        evicts,
+        stored.visible,
+        stored_valid,
+        left_padding(stored.visible),
+        prompt.tiers(policy.text_prior),
+        *looking,
+    )
 
 
 def pick_queries(policy: Policy, prompt: Prompt, queries: int) -> tuple[Tensor | None, Tensor | None]:
@@ -88,20 +104,13 @@ def over_budget(prompt: Prompt, lengths: Sequence[int]) -> bool:
     return any(keep < length + prompt.remaining for keep, length in zip(prompt.keep, lengths, strict=True))
 
 
-def _seen_last(mask: Tensor, stored: int, batch: int) -> Tensor | None:
-    # a 4D mask by the user never passes the mask overlay: its last query sees every token that is not padding
-    valid = visible(mask, stored)[:, 0, -1].expand(batch, -1)
-    return None if bool(valid.all()) else valid.contiguous()
-
-
-def _budgeted(layer: LookMLayer, valid: Tensor | None, remaining: int) -> tuple[Prompt, list[int]]:
+def _budgeted(stored: Stored, settings: Settings, remaining: int) -> tuple[Prompt, list[int]]:
     """The prompt with the budget of each row, and how many valid tokens each row has."""
-    policy, budget = layer.settings.policy, layer.settings.budget
-    size = layer.stored - layer.segment_start
-    image = layer.image[:, layer.seen - size : layer.seen]
-    inside = None if valid is None else valid[:, layer.segment_start :]
+    policy, image = settings.policy, stored.image
+    size = image.shape[1]
+    inside = None if stored.valid is None else stored.valid[:, stored.places - size :]
     lengths = [size] * len(image) if inside is None else inside.sum(1).tolist()
-    splits = [budget.split(n + remaining, policy, layer.column_bytes * layer.settings.layers) for n in lengths]
+    splits = [settings.budget.split(n + remaining, policy, stored.bytes_per_token) for n in lengths]
     keep, recent, sinks = (list(part) for part in zip(*splits, strict=True))
     prompt = Prompt(image, inside, keep, recent, sinks, remaining)
     if not policy.protect_text:
@@ -112,9 +121,9 @@ def _budgeted(layer: LookMLayer, valid: Tensor | None, remaining: int) -> tuple[
     return replace(prompt, keep=extend_for_text(keep, recent, text.sum(1).tolist())), lengths
 
 
-def _stored_valid(layer: LookMLayer, valid: Tensor | None, keep: Sequence[int]) -> Tensor | None:
+def _stored_valid(stored: Stored, keep: Sequence[int]) -> Tensor | None:
     # a row that keeps fewer than another has empty places first
-    start, device = layer.segment_start, layer.keys.device
+    start, device, valid = stored.places - stored.image.shape[1], stored.image.device, stored.valid
     before = torch.ones(len(keep), start, dtype=torch.bool, device=device) if valid is None else valid[:, :start]
     if min(keep) == max(keep) and (valid is None or bool(before.all())):
         return None

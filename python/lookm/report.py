@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lookm.layer import LookMLayer
-
-MEDIA = ("text", "image")
+from lookm.modality import MEDIA
 
 
 def media_masks(layer: LookMLayer) -> dict[str, Tensor]:
     """[B, seen] bool for each medium: its tokens among all that the layer has read; padding counts as text."""
-    image = pad(layer.image, (0, layer.seen - layer.image.shape[1]))
-    return {"text": ~image, "image": image}
+    media = pad(layer.media, (0, layer.seen - layer.media.shape[1]))
+    return {name: media == number for number, name in enumerate(MEDIA)}
 
 
 @dataclass(frozen=True)
