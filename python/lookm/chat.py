@@ -42,7 +42,7 @@ def chat(
         import readline  # noqa: F401
     print(HELP)
     messages: list[dict[str, Any]] = []
-    told: dict[str, Any] = {}
+    shown: list[Video] = []
     sequences = None
     while True:
         try:
@@ -65,7 +65,7 @@ def chat(
             if not line or line.startswith("/"):
                 continue
             turn = [*messages, checkpoint.message(line, images, videos)]
-            told = video_arguments(videos)
+            told = video_arguments(shown + videos)
             inputs = (
                 build_inputs(processor, turn, **told)
                 if sequences is None
@@ -74,6 +74,7 @@ def chat(
         except ValueError as error:
             print(f"error: {error}")
             continue
+        shown += videos
         images, videos = [], []
         streamer = TextStreamer(getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True)
         with interruptible() as criterion:

@@ -117,7 +117,7 @@ class Checkpoint:
         if not self.sees:
             if images or videos:
                 raise ValueError(
-                    f"model {self.name} is a text-only model ({self.config.model_type}): it takes no images and no videos"
+                    f"model {self.name} is a text-only model ({self.config.model_type}): no images, no videos"
                 )
             return {"role": "user", "content": text}
         if videos and getattr(self.processor, "video_processor", None) is None:
@@ -202,12 +202,10 @@ def build_inputs(processor: Any, messages: Sequence[dict[str, Any]], **extra: An
 
 
 def video_arguments(videos: Sequence[Video]) -> dict[str, Any]:
-    """What a processor has to know of videos whose frames were chosen here."""
+    """What a processor has to know of all videos of a conversation, whose frames were chosen here."""
     if not videos:
         return {}
-    metadata = [video.metadata for video in videos]
-    known = {} if None in metadata else {"video_metadata": [metadata]}
-    return {"do_sample_frames": False, **known}
+    return {"do_sample_frames": False, "video_metadata": [[video.metadata for video in videos]]}
 
 
 def _without_template(processor: Any, messages: Sequence[dict[str, Any]]) -> Any:

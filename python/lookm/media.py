@@ -20,10 +20,10 @@ DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "decord": "decord", "openc
 
 @dataclass(frozen=True)
 class Video:
-    """frames [T, H, W, 3] uint8, and what the decoder knows of them (VideoMetadata), None for pictures in a row."""
+    """frames [T, H, W, 3] uint8, and the fields of transformers' VideoMetadata; fps None: not known."""
 
     frames: NDArray[np.uint8]
-    metadata: Any = None
+    metadata: dict[str, Any]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -70,14 +70,18 @@ def open_video(path: Path, frames: int) -> Video:
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise ValueError(f"video folder {path} holds no pictures")
-        return _stack(path, [open_image(files[index]) for index in _spread(len(files), frames)])
+        chosen = _spread(len(files), frames)
+        return _stack(path, [open_image(files[index]) for index in chosen], chosen, len(files))
     if not path.exists():
         raise ValueError(f"video {path} does not exist")
     try:
         with Image.open(path) as file:
-            chosen = set(_spread(getattr(file, "n_frames", 1), frames))
+            count = getattr(file, "n_frames", 1)
+            chosen = _spread(count, frames)
             moving = enumerate(ImageSequence.Iterator(file))
-            return _stack(path, [_rgb(frame, file.format) for index, frame in moving if index in chosen])
+            pictures = [_rgb(frame, file.format) for index, frame in moving if index in chosen]
+            milliseconds = file.info.get("duration")
+            return _stack(path, pictures, chosen, count, fps=1000 / milliseconds if milliseconds else None)
     except UnidentifiedImageError:
         return _decode(path, frames)
     except (OSError, SyntaxError) as error:
@@ -89,10 +93,15 @@ def _spread(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [index * count // most for index in range(most)]
 
 
-def _stack(path: Path, pictures: Sequence[Image.Image]) -> Video:
+def _stack(
+    path: Path, pictures: Sequence[Image.Image], chosen: list[int], count: int, fps: float | None = None
+) -> Video:
     if len({picture.size for picture in pictures}) != 1:
         raise ValueError(f"video {path} holds pictures of different sizes")
-    return Video(np.stack([np.asarray(picture) for picture in pictures]))
+    width, height = pictures[0].size
+    known = {"total_num_frames": count, "fps": fps, "duration": count / fps if fps else None}
+    frames = np.stack([np.asarray(picture) for picture in pictures])
+    return Video(frames, {**known, "width": width, "height": height, "frames_indices": chosen})
 
 
 def _decode(path: Path, frames: int) -> Video:
@@ -109,6 +118,7 @@ def _decode(path: Path, frames: int) -> Video:
             backend=installed[0],
             sample_indices_fn=lambda metadata, **_: np.array(_spread(metadata.total_num_frames, frames)),
         )
+        chosen = _spread(metadata["total_num_frames"], frames)
+        return Video(np.asarray(decoded), {**metadata, "frames_indices": chosen})
     except Exception as error:  # every decoder has errors of its own
         raise ValueError(f"video {path} does not open with {installed[0]}: {error or type(error).__name__}") from error
-    return Video(np.asarray(decoded), metadata)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+MASKS_LATER_PICTURES = (5, 23)
 # private characters, which a chat template hands on as they are
 MARK = "\ue000\ue001\ue000"
 
@@ -38,9 +40,11 @@ def next_turn(
         messages: the whole conversation; after the last answer comes the new turn.
         sequences: [1, tokens], what generate returned for the turn before.
         cache: any transformers cache.
-        processor_kwargs: for the processor, as at the first turn.
+        processor_kwargs: for the processor, as at the first turn; video_metadata=[[...]] has all videos of `messages`.
 
     ValueError where messages, sequences and cache do not fit together, or the template cannot be continued.
+    NotImplementedError for a picture that this release of transformers would mask wrongly in a later turn, on any
+    cache: Gemma 3, before 5.23.
     """
     if not (isinstance(sequences, Tensor) and sequences.ndim == 2 and len(sequences) == 1):
         got = list(sequences.shape) if isinstance(sequences, Tensor) else type(sequences).__name__
@@ -57,7 +61,8 @@ def next_turn(
     rest = _without_end(tokenizer, int(sequences[0, -1]), _after_answer(processor, messages, last))
     # tokenized behind a special token: at the start of a text some tokenizers add a space
     anchor = tokenizer.bos_token or tokenizer.eos_token or ""
-    inputs = _template(processor, messages[last + 1 :], processor_kwargs, "{{ " + _literal(anchor + rest) + " }}")
+    template = "{{ " + json.dumps(anchor + rest, ensure_ascii=False) + " }}"
+    inputs = _template(processor, messages[last + 1 :], _of_last(processor_kwargs, messages[last + 1 :]), template)
     own = inputs["input_ids"]
     if anchor:
         place = (own[0] == tokenizer.convert_tokens_to_ids(anchor)).nonzero()
@@ -66,6 +71,11 @@ def next_turn(
     for name, value in inputs.items():
         if name in ("token_type_ids", "mm_token_type_ids"):
             inputs[name] = torch.nn.functional.pad(value[:, -own.shape[1] :], (tokens, 0))
+    if "token_type_ids" in inputs and bool(inputs["token_type_ids"].any()) and _version() < MASKS_LATER_PICTURES:
+        raise NotImplementedError(
+            f"lookm: transformers {transformers.__version__} masks a picture of a later turn of this model wrongly, "
+            f"with every cache; {'.'.join(map(str, MASKS_LATER_PICTURES))} and newer do not"
+        )
     inputs["input_ids"], inputs["attention_mask"] = ids, torch.ones_like(ids)
     rope_index = getattr(getattr(model, "model", None), "get_rope_index", None)
     if rope_index is not None:
@@ -94,8 +104,19 @@ def _without_end(tokenizer: Any, token: int, rest: str) -> str:
     return rest
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def _of_last(processor_kwargs: dict[str, Any], messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The arguments with the metadata of these last messages' videos alone."""
+    if "video_metadata" not in processor_kwargs:
+        return processor_kwargs
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    videos = sum(part["type"] == "video" for part in parts)
+    (metadata,) = processor_kwargs["video_metadata"]
+    rest = {name: value for name, value in processor_kwargs.items() if name != "video_metadata"}
+    return {**rest, "video_metadata": [metadata[-videos:]]} if videos else rest
 
 
 def _template(
