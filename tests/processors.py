@@ -97,7 +97,9 @@ def _mistral3() -> Any:
 def _llava_next() -> Any:
     return transformers.LlavaNextProcessor(
         transformers.LlavaNextImageProcessor(
-            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]]
+            size={"shortest_edge": 8},
+            crop_size={"height": 8, "width": 8},
+            image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
         ),
         tokenizer(),
         patch_size=4,

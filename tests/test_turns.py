@@ -127,7 +127,7 @@ def test_videos_in_two_turns(name: str) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), dtype=np.uint8)
     metadata = [{"total_num_frames": 8, "fps": fps, "frames_indices": [0, 2, 4, 6]} for fps in (2.0, 4.0)]
     told = [{"do_sample_frames": False, "video_metadata": [metadata[:count]]} for count in (1, 2, 2)]
-    messages = [user("w5 w6"), user("w20"), user("w21", picture(3))]
+    messages = [user("w5 w6"), user("w20"), user("w21")]
     for message, video in zip(messages, frames, strict=False):
         message["content"].insert(0, {"type": "video", "video": video})
     cache = DynamicCache(config=model.config.get_text_config())
@@ -135,10 +135,7 @@ def test_videos_in_two_turns(name: str) -> None:
     for message, extra in zip(messages, told, strict=True):
         said.append(message)
         whole = read_whole(processor, said, processor_kwargs=extra)
-        if sequences is None:
-            inputs = whole
-        else:
-            inputs = lookm.next_turn(model, processor, said, sequences, cache, **extra)
+        inputs = whole if sequences is None else lookm.next_turn(model, processor, said, sequences, cache, **extra)
         ours = generate(model, inputs, cache, ends=True)
         truth = generate(model, whole, None, ends=True)
         assert torch.equal(ours.sequences, truth.sequences)

@@ -78,9 +78,12 @@ def open_video(path: Path, frames: int) -> Video:
         with Image.open(path) as file:
             count = getattr(file, "n_frames", 1)
             chosen = _spread(count, frames)
-            moving = enumerate(ImageSequence.Iterator(file))
-            pictures = [_rgb(frame, file.format) for index, frame in moving if index in chosen]
-            milliseconds = file.info.get("duration")
+            pictures, milliseconds = [], None
+            for index, frame in enumerate(ImageSequence.Iterator(file)):
+                if index in chosen:
+                    pictures.append(_rgb(frame, file.format))
+                    # known once a frame has been read
+                    milliseconds = frame.info.get("duration")
             return _stack(path, pictures, chosen, count, fps=1000 / milliseconds if milliseconds else None)
     except UnidentifiedImageError:
         return _decode(path, frames)
