@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 from transformers import (
     AutoProcessor,
@@ -225,6 +226,22 @@ def unreachable(*_: object, **__: object) -> None:
     raise ConnectionError("no route")
 
 
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (RepositoryNotFoundError, "is neither a folder here nor a model on the hub"),
+        (EntryNotFoundError, "is neither a folder here nor a model on the hub"),
+        (GatedRepoError, "is gated: ask for access on its page, then `hf auth login`"),
+    ],
+)
+def test_what_the_hub_answers(kind: type[Exception], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(*_: object, **__: object) -> None:
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(generate_module, "get_hf_file_metadata", answers)
+    assert f"model no/such {line}" in complaint("generate", "--model", "no/such", "--prompt", "Q")
+
+
 def test_a_cached_model_is_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(generate_module, "get_hf_file_metadata", unreachable)
@@ -319,6 +336,12 @@ def test_device_and_dtype() -> None:
     assert load_checkpoint(str(MODEL)).load_model("cpu", "bfloat16").dtype == torch.bfloat16
     assert "`device` 'tpu9' is not there" in complaint(*GENERATE, "--prompt", "Q", "--device", "tpu9")
     assert "`dtype` must be auto, float32" in complaint(*GENERATE, "--prompt", "Q", "--dtype", "int8")
+
+
+def test_a_warm_start_has_no_warnings(pictures: list[Path]) -> None:
+    arguments = ["generate", "--model", str(MODEL), "--image", str(pictures[0]), "--prompt", "Q note", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "lookm", *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_version() -> None:

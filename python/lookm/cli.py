@@ -131,16 +131,17 @@ class Session:
 
         read_budget(self.budget)
         read_policy(self.policy, self.option or ())
+        from lookm.media import open_image, open_video
+
+        images = [open_image(path) for path in self.image or ()]
         check_torchvision()
         from transformers.utils import logging
 
         from lookm.generate import load_checkpoint
-        from lookm.media import open_image, open_video
 
         logging.set_verbosity_error()
         if not (progress and sys.stderr.isatty()):
             logging.disable_progress_bar()
-        images = [open_image(path) for path in self.image or ()]
         videos = [open_video(path, self.frames) for path in self.video or ()]
         return load_checkpoint(self.model), images, videos
 
