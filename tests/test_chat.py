@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import StoppingCriteriaList
+from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration, StoppingCriteriaList
 from typer.testing import CliRunner, Result
 
 from lookm import LookMCache
@@ -58,8 +58,9 @@ def test_a_conversation(pictures: list[Path]) -> None:
     assert said[4] == "error: image nowhere.png does not exist"
     assert said[6].startswith("(")
     assert said[7] == HELP
-    # both turns: the words, and two pictures of 36 tokens
-    assert any("72)" in line for line in said[8:])
+    report = " ".join(said[8:])
+    assert "image" in report
+    assert "KiB" in report
     assert not result.stderr
 
 
@@ -79,6 +80,18 @@ def test_it_is_the_dialogue_that_the_library_gives(pictures: list[Path]) -> None
         text = processor.decode(plain, skip_special_tokens=True)
         assert given.strip() == text.strip()
         messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+
+
+def test_what_is_refused_does_not_stay(tmp_path: Path, pictures: list[Path]) -> None:
+    whole, processor = LlavaForConditionalGeneration.from_pretrained(MODEL), AutoProcessor.from_pretrained(MODEL)
+    LlamaForCausalLM(whole.config.text_config).save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    lines = f"/image {pictures[0]}\nQ A\nQ A\n"
+    result = CliRunner().invoke(app, ["chat", "--model", str(tmp_path), "--max-new-tokens", "2"], input=lines)
+    assert result.exit_code == 0, result.output
+    said = result.stdout.replace("> ", "").splitlines()
+    assert "is a text-only model (llama)" in said[1]
+    assert said[3].startswith("(2 tokens, ")
 
 
 def test_the_end_of_the_input_ends_it() -> None:

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lookm.cache import LookMCache
+from lookm.errors import reason
 from lookm.generate import Checkpoint, Sampling, answer, build_inputs, video_arguments
 from lookm.media import Video, open_image, open_video
 from lookm.turns import next_turn
@@ -71,8 +72,11 @@ def chat(
                 if sequences is None
                 else next_turn(model, processor, turn, sequences, cache, **told)
             )
-        except ValueError as error:
-            print(f"error: {error}")
+        except (ValueError, NotImplementedError) as error:
+            print(f"error: {reason(error)}")
+            if not line.startswith("/"):
+                # they may be what was refused
+                images, videos = [], []
             continue
         shown += videos
         images, videos = [], []
