@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from lookm import policies as _registers_the_policies  # noqa: F401
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
 from lookm.layer import NO_ASSISTANT, NOT_INTERCEPTED, LookMLayer
