@@ -1,7 +1,7 @@
 """Write the READMEs' tables and plot from the result files (a GPU's: tables.py): python benchmarks/report.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
-docs/kept.png), from `make bench` and from benchmarks/quality/train.py and scoring.py.
+docs/kept.png), from `make bench`, from `make families` and from benchmarks/quality/train.py and scoring.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from every_model.table import coverage
 from tables import devices, disassembly, draw, floors, markdown, measured, outcome, target_table
 from targets import CPU_TARGETS
 
@@ -65,7 +66,7 @@ def pinned(constraints: str, package: str) -> str:
 
 
 def families() -> str:
-    """The models of the tests and the versions these run on."""
+    """The models of the tests and the versions these run on; then every other one."""
     from families import FAMILIES
 
     oldest, newest = (pinned(name, "transformers") for name in ("constraints-oldest.txt", "constraints.txt"))
@@ -74,7 +75,7 @@ def families() -> str:
     return (
         f"Tested with transformers {oldest} and {newest}, torch {pinned('constraints.txt', 'torch')} and Python 3.11 "
         "on a processor, on tiny random models of the real classes: sdpa and eager attention; greedy, beam, sampled; "
-        f"left-padded batches; a second turn, with text and with a new image:\n\n{', '.join(names)}."
+        f"left-padded batches; a second turn, with text and with a new image:\n\n{', '.join(names)}.\n\n{coverage()}"
     )
 
 

@@ -14,6 +14,7 @@ from work import Work
 
 RESULTS = Path(__file__).parent / "results"
 CPU = RESULTS / "cpu"
+FAMILIES = RESULTS / "families"
 NOT_YET = "not measured yet: `make gpu BIN=/path/to/bin`"
 
 
@@ -40,9 +41,9 @@ class Device(NamedTuple):
 
 
 def devices(results: Path = RESULTS) -> list[Device]:
-    """Every folder of results but the processor's; tiny shapes do not count."""
+    """Every folder of results but the processor's and that of the model families; tiny shapes do not count."""
     found = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir() and path != CPU):
+    for folder in sorted(path for path in results.iterdir() if path.is_dir() and path not in (CPU, FAMILIES)):
         files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         steps = files.pop("gpu", {})
         records = {name: record for name, record in files.items() if record["size"] == "full"}

@@ -1,1 +1,1 @@
-"""Every model class of transformers, built tiny and put through the same checks: python -m every_model (see __main__)."""
+"""Every model class of transformers, built tiny and put through the same checks: python -m every_model."""

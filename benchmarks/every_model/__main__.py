@@ -7,7 +7,6 @@ MODEL_TYPE), prints a line a model, and fails where one is wrong or crashes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -15,9 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import transformers
-from every_model.sweep import BROKEN, entries, record, sweep
 
-RESULTS = Path(__file__).parent.parent / "results" / "families"
+from every_model.sweep import BROKEN, RESULTS, entries, record, sweep, write
 
 
 def main() -> None:
@@ -41,8 +39,7 @@ def main() -> None:
     print(f"{len(rows)} models in {time.monotonic() - start:.0f} s: {dict(counts)}")
     out = chosen.out or (None if chosen.model_types else RESULTS / f"{transformers.__version__}.json")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record(rows), indent=1) + "\n")
+        write(out, record(rows))
     sys.exit(any(row.status in BROKEN for row in rows))
 
 

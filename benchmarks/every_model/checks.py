@@ -11,11 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from every_model.inputs import Row, arguments, image_mask, text
-from every_model.specs import Spec
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+import lookm
+from every_model.inputs import Row, arguments, image_mask, text
+from every_model.specs import Spec
+from every_model.tiny import AUDIO_ID
 from lookm import LookMCache, plan
 
 TOKENS = 4
@@ -24,11 +26,11 @@ CLOSE = 1e-4
 NEVER = 10**6  # a prompt length that is never reached: the scores of the whole prompt stay in the layers
 
 
-class TransformersAlone(Exception):
+class TransformersError(Exception):
     """What transformers itself cannot do with a DynamicCache; the words are its own."""
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """A check that failed."""
 
 
@@ -61,13 +63,13 @@ def transformers_alone() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise TransformersAlone(f"{type(error).__name__}: {error}") from error
+        raise TransformersError(f"{type(error).__name__}: {error}") from error
 
 
 def ensure(condition: bool, words: str) -> None:
-    """Wrong with these words unless the condition holds."""
+    """WrongError with these words unless the condition holds."""
     if not condition:
-        raise Wrong(words)
+        raise WrongError(words)
 
 
 def same(found: Tensor, expected: Tensor, what: str) -> None:
@@ -112,8 +114,7 @@ def whole_budget(subject: Subject) -> None:
 
 def _ensure_sound(prompt: int, whole: int, logits: Tensor) -> None:
     """RuntimeError where a comparison would say nothing: the cache was not used, or generate read tokens twice."""
-    # BLIP's generate drops the last token of the prompt, a separator
-    if prompt == 0 or whole - prompt not in (TOKENS - 2, TOKENS - 1):
+    if not prompt < whole < 2 * prompt:
         raise RuntimeError(f"a DynamicCache has {prompt} tokens after the prompt and {whole} after {TOKENS} new ones")
     if not logits.isfinite().all():
         raise RuntimeError("logits are not finite")
@@ -122,12 +123,12 @@ def _ensure_sound(prompt: int, whole: int, logits: Tensor) -> None:
 @contextlib.contextmanager
 def _compression_forced() -> Iterator[None]:
     # a prompt that fits is normally left alone
-    with mock.patch.object(plan, "over_budget", lambda prompt, lengths: True):
+    with mock.patch.object(plan, "over_budget", return_value=True):
         yield
 
 
 def small_budget(subject: Subject) -> None:
-    """A quarter: the prompt's logits are DynamicCache's bits, every row keeps a quarter, rounded down, in every layer."""
+    """A quarter: the prompt's logits are DynamicCache's bits; each row keeps a quarter, rounded down, in every layer."""
     for rows in (subject.rows[:1], subject.rows):
         inputs = subject.arguments(rows)
         with transformers_alone():
@@ -150,46 +151,74 @@ def compressed_layers(cache: LookMCache) -> list[int]:
     return [layer.layer for layer in cache.report().layers if layer.compressed]
 
 
+def refused_at_once(subject: Subject) -> None:
+    """A model that is refused is refused by the forward that reads its prompt at the latest."""
+    try:
+        read(subject.model, subject.arguments(subject.rows), subject.cache(subject.rows, BUDGET))
+    except (NotImplementedError, ValueError):
+        return
+    raise WrongError("refused, but not by the forward that reads the prompt")
+
+
 def scores(subject: Subject) -> None:
-    """The scores are the column sums of the attention that eager pays, whichever implementation the cache watches."""
+    """Under eager attention, the scores are the column sums of the attention it returns."""
     for rows in (subject.rows[:1], subject.rows):
+        _compare_scores(_eager(subject), rows, _paid(subject, rows)[0], "eager attention")
+
+
+def default_scores(subject: Subject) -> None:
+    """So they are under the default attention, where transformers computes the same by it as by eager."""
+    for rows in (subject.rows[:1], subject.rows):
+        paid, eager = _paid(subject, rows)
         inputs = subject.arguments(rows)
+        real = inputs["attention_mask"].bool()
         with transformers_alone():
-            eager = copy.deepcopy(subject.model)
-            eager.set_attn_implementation("eager")
-            paid = _column_sums(eager, inputs, subject.plain())
-        for name, model in (("eager", eager), ("the default attention", subject.model)):
-            cache = replace(subject, model=model).cache(rows, 0.5, "h2o", prompt_length=NEVER)
-            read(model, inputs, cache)
-            for layer in compressed_layers(cache):
-                _compare(cache.layers[layer].scores, paid[layer], f"layer {layer}, {name}")
+            default = read(subject.model, inputs, subject.plain()).logits
+            if default.shape[:2] == real.shape and not torch.allclose(default[real], eager[real], 1e-3, 1e-3):
+                raise RuntimeError("the default attention gives other logits than eager")
+        _compare_scores(subject, rows, paid, "the default attention")
 
 
-def _compare(found: Tensor, paid: Tensor, where: str) -> None:
-    expected = paid.view(*found.shape[:2], -1, found.shape[-1]).sum(2)  # query heads of a kv head
-    off = (found - expected).abs().max()
-    ensure(bool(off < 1e-3), f"{where}: scores differ from the attention paid by up to {off:.3g}")
+def _eager(subject: Subject) -> Subject:
+    model = copy.deepcopy(subject.model)
+    model.set_attn_implementation("eager")
+    return replace(subject, model=model)
 
 
-def _column_sums(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache) -> dict[int, Tensor]:
-    """[B, heads, N] by layer: what every token was paid by queries that are not padding."""
-    attentions = getattr(read(model, inputs, cache, output_attentions=True), "attentions", None)
-    layers = [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
-    given = [attention for attention in attentions or () if isinstance(attention, Tensor) and attention.ndim == 4]
-    if len(given) != len(layers):
-        raise NotImplementedError(f"output_attentions gives {len(given)} for {len(layers)} layers with keys and values")
+def _paid(subject: Subject, rows: Sequence[Row]) -> tuple[dict[int, Tensor], Tensor]:
+    """By layer [B, heads, N], what eager's attention paid every token (by queries that are no padding); its logits."""
+    inputs, cache = subject.arguments(rows), subject.plain()
+    with transformers_alone():
+        result = read(_eager(subject).model, inputs, cache, output_attentions=True)
+        layers = [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+        whole = getattr(result, "language_model_outputs", result)  # of BLIP-2
+        given = [part for part in getattr(whole, "attentions", None) or () if isinstance(part, Tensor)]
+        if len(given) != len(layers):
+            raise RuntimeError(f"output_attentions gives {len(given)} for {len(layers)} layers with keys and values")
     real = inputs["attention_mask"][:, None, :, None].bool()
-    return {layer: attention.masked_fill(~real, 0).sum(2) for layer, attention in zip(layers, given, strict=True)}
+    return {layer: part.masked_fill(~real, 0).sum(2) for layer, part in zip(layers, given, strict=True)}, result.logits
+
+
+def _compare_scores(subject: Subject, rows: Sequence[Row], paid: dict[int, Tensor], where: str) -> None:
+    cache = subject.cache(rows, 0.5, "h2o", prompt_length=NEVER)
+    read(subject.model, subject.arguments(rows), cache)
+    for layer in compressed_layers(cache):
+        found = cache.layers[layer].scores
+        expected = paid[layer].view(*found.shape[:2], -1, found.shape[-1]).sum(2)  # query heads of a kv head
+        off = (found - expected).abs().max()
+        ensure(bool(off < 1e-3), f"layer {layer}, {where}: scores differ from the attention paid by up to {off:.3g}")
 
 
 def image_counts(subject: Subject) -> None:
-    """The report counts as many image tokens as were fed."""
+    """The report counts as many tokens of images, video and audio as were fed."""
     fed = sum(sum(row.image) for row in subject.rows)
     cache = subject.cache(subject.rows, BUDGET)
     read(subject.model, subject.arguments(subject.rows), cache)
+    audio = any(AUDIO_ID in row.ids for row in subject.rows)
     for layer in cache.report().layers:
         if layer.compressed:
-            ensure(layer.seen_image == fed, f"{layer.seen_image} image tokens are reported, {fed} were fed")
+            found = sum(layer.seen_by.get(medium, 0) for medium in (("audio",) if audio else ("image", "video")))
+            ensure(found == fed, f"{dict(layer.seen_by)} tokens are reported, {fed} of images or audio were fed")
 
 
 def rows_alone(subject: Subject) -> None:
@@ -197,9 +226,9 @@ def rows_alone(subject: Subject) -> None:
     together = _first_steps(subject, subject.rows, None)
     for index, row in enumerate(subject.rows):
         _, alone = _first_steps(subject, [row], None)
-        off = (together[1][index] - alone[0]).abs().max()
-        if not off < CLOSE:
-            raise TransformersAlone(f"a row of a padded batch differs from the row alone by {off:.3g} in its logits")
+        if not torch.allclose(together[1][index], alone[0], CLOSE, CLOSE):
+            off = (together[1][index] - alone[0]).abs().max()
+            raise TransformersError(f"a row of a padded batch differs from the row alone by {off:.3g} in its logits")
     kept, steps = _first_steps(subject, subject.rows, BUDGET)
     for index, row in enumerate(subject.rows):
         pads = max(map(len, subject.rows)) - len(row)
@@ -208,8 +237,9 @@ def rows_alone(subject: Subject) -> None:
             mine = kept[layer][index]
             same_kept = torch.equal(mine[mine >= 0] - pads, positions[0][positions[0] >= 0])
             ensure(same_kept, f"layer {layer} keeps other tokens of row {index} than of the row alone")
+        close = torch.allclose(steps[index], alone[0], CLOSE, CLOSE)
         off = (steps[index] - alone[0]).abs().max()
-        ensure(bool(off < CLOSE), f"logits of row {index} differ from those of the row alone by {off:.3g}")
+        ensure(close, f"logits of row {index} differ from those of the row alone by {off:.3g}")
 
 
 def _first_steps(subject: Subject, rows: Sequence[Row], budget: float | None) -> tuple[dict[int, Tensor], Tensor]:
@@ -258,12 +288,31 @@ def _two_turns(subject: Subject, cache: Cache) -> tuple[Tensor, Tensor]:
     return generate(subject.model, subject.arguments(asked, shown=False), cache)
 
 
+def enabled(subject: Subject) -> None:
+    """lookm.enable compresses in generate, wherever that makes its cache."""
+    inputs = subject.arguments(subject.rows)
+    with transformers_alone():
+        subject.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    told = {"image_mask": image_mask(subject.rows)} if subject.told else {}
+    lookm.enable(subject.model, BUDGET, **told)
+    try:
+        result = subject.model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    finally:
+        lookm.disable(subject.model)
+    cache = getattr(result, "cache", None) or result.past_key_values
+    ensure(isinstance(cache, LookMCache), f"generate used a {type(cache).__name__}")
+    short = all(cache.layers[layer].stored < cache.layers[layer].seen for layer in compressed_layers(cache))
+    ensure(short, "nothing was compressed")
+
+
 CHECKS: dict[str, Callable[[Subject], None]] = {
     "whole budget": whole_budget,
     "small budget": small_budget,
     "scores": scores,
+    "scores of the default attention": default_scores,
     "image counts": image_counts,
     "rows alone": rows_alone,
     "beams": beams,
     "second turn": second_turn,
+    "enable": enabled,
 }

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from every_model.specs import Spec
-from every_model.tiny import AUDIO_ID, FIRST_SPECIAL, FIRST_TEXT, IMAGE_ID, PAD, VIDEO_ID
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from every_model.specs import Spec
+from every_model.tiny import AUDIO_ID, FIRST_SPECIAL, FIRST_TEXT, IMAGE_ID, PAD, VIDEO_ID
 
 PLACEHOLDERS = 16
 ROWS = ((7, 13), (3, 6))  # text tokens before and after the image
@@ -40,12 +41,8 @@ class Row:
 
 def placeholder(config: PreTrainedConfig, spec: Spec) -> int | None:
     """The id that stands for images (else for video, else for audio) in this configuration; None: there is none."""
-    if spec.placeholder is not None:
-        return spec.placeholder
-    for token, names in PLACEHOLDER_IDS.items():
-        if any(getattr(config, name, None) == token for name in names):
-            return token
-    return None
+    named = (token for token, names in PLACEHOLDER_IDS.items() if any(getattr(config, x, None) == token for x in names))
+    return next(named, None) if spec.placeholder is None else spec.placeholder
 
 
 def kind(config: PreTrainedConfig, spec: Spec) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import transformers
-from every_model.tiny import AUDIO_ID, END_ID, IMAGE_ID, START_ID, UNCHANGED, VIDEO_ID
 from torch import Tensor
+
+from every_model.tiny import AUDIO_ID, END_ID, IMAGE_ID, START_ID, VIDEO_ID
 
 Draw = Callable[[torch.Generator], dict[str, Tensor]]
 
@@ -20,6 +20,7 @@ class Spec:
 
     tokens: its placeholders; before, after: ids around them; placeholder: their id where no usual field names it.
     types: arguments that mark image tokens with 1, where forward takes them.
+    part: the attribute that is checked in the model's place, where the model itself has no forward.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -29,6 +30,7 @@ class Spec:
     after: Sequence[int] = ()
     placeholder: int | None = None
     types: Sequence[str] = ("mm_token_type_ids",)
+    part: str | None = None
 
 
 def pixels(*shape: int, name: str = "pixel_values", **constants: Any) -> Draw:
@@ -132,6 +134,12 @@ def _thinker(spec: Spec) -> Spec:
     return replace(spec, changes=spec.changes | ids)
 
 
+def _whole_omni(spec: Spec) -> Spec:
+    """A thinker beside what speaks; the whole has no forward of its own."""
+    changes = {f"thinker_config.{name}": value for name, value in _thinker(spec).changes.items()}
+    return replace(spec, changes=changes | {"enable_audio_output": False}, part="thinker")
+
+
 SPECS = {
     "qwen2_vl": _qwen(MROPE, embed_dim=16, hidden_size=32),
     "qwen2_5_vl": _qwen(MROPE),
@@ -198,10 +206,7 @@ SPECS = {
     "deepseek_vl": Spec(image=SQUARE),
     "deepseek_vl_hybrid": Spec({"high_res_vision_config.global_attn_indexes": [0, 1]}, two_resolutions),
     "blip": Spec(image=SQUARE),
-    "git": Spec(image=SQUARE),
-    "kosmos-2": Spec(
-        {"latent_query_num": 16}, SQUARE, placeholder=IMAGE_ID, types=("image_embeds_position_mask",)
-    ),
+    "kosmos-2": Spec({"latent_query_num": 16}, SQUARE, placeholder=IMAGE_ID, types=("image_embeds_position_mask",)),
     "kosmos-2.5": Spec(
         {
             "latent_query_num": 16,
@@ -219,7 +224,11 @@ SPECS = {
     "pp_chart2table": Spec(image=SQUARE, tokens=1),
     "ovis2": Spec({"hidden_size": 32}, SQUARE),
     "qianfan_ocr": Spec(image=SQUARE, tokens=4),
-    "step3p7": Spec({"text_config.sliding_window": 8}, SQUARE, 1),
+    "step3p7": Spec(
+        {"text_config.sliding_window": 8, "text_config.layer_types": ["sliding_attention", "full_attention"] * 2},
+        SQUARE,
+        1,
+    ),
     "hy_v4_vl": replace(_qwen(None, flat_patches(48)), tokens=20),
     "lfm2_vl": Spec(
         {"vision_config.patch_size": 4},
@@ -247,6 +256,7 @@ SPECS = {
         pixels(64, 192, image_position_ids=[[place // 8, place % 8] for place in range(64)]),
     ),
     "diffusion_gemma": Spec({"text_config.top_k_experts": 2}),
+    "dory": Spec({"sliding_window": 64}),
     "zamba2": Spec({"hybrid_layer_ids": [1, 3]}),
     "musicgen": Spec({"decoder.num_codebooks": 1}),
     "musicgen_melody": Spec({"decoder.num_codebooks": 1}),
@@ -284,10 +294,7 @@ SPECS = {
         22,
     ),
     "cohere_compass": _qwen({"sliding_attention": MROPE, "full_attention": MROPE}),
-    "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]]}),
-    "paddleocr_vl": Spec(
-        {"text_config.rope_parameters": MROPE, "vision_config.patch_size": 4}, flat_patches(3, 4, 4)
-    ),
+    "paddleocr_vl": Spec({"text_config.rope_parameters": MROPE, "vision_config.patch_size": 4}, flat_patches(3, 4, 4)),
     "florence2": Spec(
         {
             "vision_config.patch_size": (7, 3),
@@ -303,7 +310,8 @@ SPECS = {
     "molmo2": Spec(
         {
             "image_patch_id": IMAGE_ID,
-            "vision_config.image_size": UNCHANGED,
+            "video_token_id": IMAGE_ID,  # another name for it
+            "vision_config.image_size": [32, 32],
             "adapter_config.vision_feature_layer": [-1, -2],
             "adapter_config.text_hidden_size": 32,
         },
@@ -322,9 +330,7 @@ SPECS = {
         }
     ),
     "dots3_note_text": Spec(DOTS),
-    "muse_glimmer": Spec(
-        {"projector_hidden_size": 16, "out_hidden_size": 64, "vision_config.patch_size": 4}, patches
-    ),
+    "muse_glimmer": Spec({"projector_hidden_size": 16, "out_hidden_size": 64, "vision_config.patch_size": 4}, patches),
     "muse_spark": Spec(
         {
             "projector_hidden_size": 16,
@@ -345,7 +351,7 @@ SPECS = {
     ),
     "deepseek_ocr2": Spec({"text_config.mlp_layer_types": ["dense"] * 4}),
     "fast_vlm": Spec({"vision_config": CLIP}),
-    "gemma3n": Spec({"vision_config": transformers.CLIPVisionConfig(**CLIP), **{f"text_config.{name}": value for name, value in GEMMA3N.items()}}),
+    "gemma3n": Spec({f"text_config.{name}": value for name, value in GEMMA3N.items()}),
     "gemma3n_text": Spec(GEMMA3N),
     "perception_lm": Spec({"vision_config": CLIP | {"model_args": {"embed_dim": 16}}}, ONE_TILE),
     "inkling2": Spec({"vision_config.text_hidden_size": 32}),
@@ -359,10 +365,19 @@ SPECS = {
             "vq_config.num_embeddings": 64,
         }
     ),
-    "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]], "vision_config.hidden_size": 64, "downsample_rate": "1/2"}),
+    "granite4_vision": Spec(
+        {"deepstack_layer_map": [[-1, 0]], "vision_config.hidden_size": 64, "downsample_rate": "1/2"}
+    ),
     "nemotron_h_omni": Spec({"vision_config.video_temporal_patch_size": 2}),
     "fun_asr_nano": Spec({"adaptor_config.hidden_size": 32, "adaptor_config.intermediate_size": 8}),
-    "kyutai_speech_to_text": Spec({"audio_pad_token_id": 124, "audio_bos_token_id": 125, "codebook_vocab_size": 127}),
+    "kyutai_speech_to_text": Spec(
+        {
+            "audio_pad_token_id": 124,
+            "audio_bos_token_id": 125,
+            "codebook_vocab_size": 127,
+            "codec_config.upsample_groups": 16,
+        }
+    ),
     "cohere_compass_text": Spec({"rope_parameters": {"sliding_attention": MROPE, "full_attention": MROPE}}),
     "bamba": Spec({"mamba_n_heads": 4, "mamba_d_state": 8, "attn_layer_indices": [1, 3]}),
     "granitemoehybrid": Spec(
@@ -378,6 +393,8 @@ SPECS = {
     "apertus1p5": Spec(
         {
             "vision_config.codebook_size": 8,
+            "vision_config.base_channels": 32,
+            "vision_config.latent_channels": 32,
             "image_token_offset": 100,
             "audio_token_offset": 108,
             "audio_config.codebook_size": 8,
@@ -386,13 +403,13 @@ SPECS = {
     ),
     "nemo_speechlm": Spec(
         {
-            "audio_config.asr_config.blank_token_id": 3,
+            "word_timestamp_config.blank_token_id": 3,
             "audio_config.diarization_config.head_config.audio_hidden_size": 16,
             "audio_config.diarization_config.head_config.hidden_size": 16,
         }
     ),
-    "qwen2_5_omni": Spec({"enable_audio_output": False}),
-    "qwen3_omni_moe": Spec({"enable_audio_output": False}),
+    "qwen2_5_omni": _whole_omni(_qwen(MROPE)),
+    "qwen3_omni_moe": _whole_omni(_qwen(INTERLEAVED)),
     "vibevoice_asr": Spec(
         {
             f"{part}_tokenizer_encoder_config.{name}": value
@@ -402,13 +419,6 @@ SPECS = {
     ),
     "blt": Spec({"encoder_hash_byte_group_vocab": 64}),
     "dbrx": Spec({"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}}),
-    "gemma4_assistant": Spec(
-        {
-            "text_config.hidden_size_per_layer_input": 0,
-            "text_config.vocab_size_per_layer_input": 0,
-            "text_config.num_kv_shared_layers": 4,
-        }
-    ),
     "zaya": Spec({"num_experts_per_tok": 1}),
     "gptj": Spec({"rotary_dim": 4}),
     "codegen": Spec({"rotary_dim": 4}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 import traceback
@@ -13,16 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from every_model import checks, inputs, tiny
-from every_model.specs import SPECS, Spec
 from transformers.models.auto import modeling_auto
 
 import lookm
+from every_model import checks, inputs, tiny
+from every_model.specs import SPECS, Spec
 from lookm import LookMCache
 
+RESULTS = Path(__file__).parent.parent / "results" / "families"
 LOOKM = Path(lookm.__file__).parent
 SECONDS = 240  # for one model
 ABSENT = "not in transformers"
+REQUIRED = ("whole budget", "small budget")
 BROKEN = ("wrong", "crashes")  # what fails a run
 
 
@@ -40,7 +43,7 @@ class Row:
 
     status: "works", "works with image_mask=", "refused", "not in transformers" (transformers itself cannot build it, or
     run it with a DynamicCache), "wrong" or "crashes"; words: why. inputs: "pixels", "placeholders" or "text".
-    passed: names of the checks; without: those that do not apply, and why.
+    without: the checks that a model that works did not pass, because transformers itself does not or lookm refuses.
     """
 
     model_type: str
@@ -49,7 +52,6 @@ class Row:
     status: str = "crashes"
     words: str = ""
     inputs: str = ""
-    passed: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +75,7 @@ def examine(entry: Entry) -> Row:
     except Exception as error:
         row.status, row.words = ABSENT, words(error)
         return row
+    model = model if spec.part is None else getattr(model, spec.part)
     subject = checks.Subject(model, spec, inputs.draw(model.config, spec))
     row.inputs = inputs.kind(model.config, spec)
     try:
@@ -97,32 +100,40 @@ def without_lookm(subject: checks.Subject) -> tuple[str, str] | None:
     try:
         with checks.transformers_alone():
             subject.plain()
-    except checks.TransformersAlone as error:
+    except checks.TransformersError as error:
         return verdict(error)
     return None
 
 
 def run(subject: checks.Subject, row: Row) -> None:
-    """The checks, in order; the first one decides whether the model works at all."""
+    """The checks, in order; those of REQUIRED decide whether the model works at all."""
     row.status = "works"
     for name, check in checks.CHECKS.items():
         try:
             check(subject)
         except Exception as error:
             status, why = verdict(error)
-            if status in BROKEN or not row.passed:
-                row.status, row.words = status, why if not row.passed else f"{name}: {why}"
+            if status in BROKEN or name in REQUIRED:
+                row.status, row.words = status, why if status not in BROKEN else f"{name}: {why}"
+                if status == "refused":
+                    _ensure_in_time(subject, row)
                 return
             row.without[name] = f"{status}: {why}"
-        else:
-            row.passed.append(name)
+
+
+def _ensure_in_time(subject: checks.Subject, row: Row) -> None:
+    try:
+        checks.refused_at_once(subject)
+    except Exception as error:
+        status, why = verdict(error)
+        row.status, row.words = status, f"{why}: {row.words}"
 
 
 def verdict(error: Exception) -> tuple[str, str]:
     """Status and words of what a check raised."""
-    if isinstance(error, checks.Wrong):
+    if isinstance(error, checks.WrongError):
         return "wrong", str(error)
-    if isinstance(error, checks.TransformersAlone):
+    if isinstance(error, checks.TransformersError):
         return ABSENT, one_line(str(error))
     return ("refused", words(error)) if is_refusal(error) else ("crashes", words(error) + place(error))
 
@@ -185,9 +196,21 @@ def _report(entry: Entry, send: Any) -> None:
 
 
 def record(rows: Sequence[Row]) -> dict[str, Any]:
-    """What is committed of a sweep."""
+    """What is committed of a sweep: of a row, what says something."""
+    ordered = sorted(rows, key=lambda row: (not row.vision, row.model_type))
     return {
         "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "models": [asdict(row) for row in sorted(rows, key=lambda row: (not row.vision, row.model_type))],
+        "torch": torch.__version__.partition("+")[0],
+        "checks": {name: (check.__doc__ or "").strip() for name, check in checks.CHECKS.items()},
+        "models": [
+            {name: value for name, value in asdict(row).items() if value not in ("", [], {})} for row in ordered
+        ],
     }
+
+
+def write(path: Path, recorded: dict[str, Any]) -> None:
+    """A line a model."""
+    models = ",\n".join("  " + json.dumps(model) for model in recorded["models"])
+    rest = json.dumps({name: value for name, value in recorded.items() if name != "models"}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rest.removesuffix("\n}") + f',\n "models": [\n{models}\n ]\n}}\n')

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.auto import configuration_auto
 
 PAD, FIRST_TEXT, FIRST_SPECIAL, VOCAB = 0, 3, 110, 128
 START_ID, END_ID, IMAGE_ID, VIDEO_ID, AUDIO_ID = 118, 119, 120, 121, 122
@@ -145,7 +145,6 @@ TOWER = {
 # where the class leaves them out, the architecture has no such thing
 OPTIONAL = ("q_lora_rank", "sliding_window", "num_key_value_heads")
 PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
-UNCHANGED = ...
 
 
 def tiny_config(model_type: str, model_class: str, changes: dict[str, Any]) -> PreTrainedConfig:
@@ -176,7 +175,7 @@ def _shrink(config_class: type[PreTrainedConfig], changes: dict[str, Any], sizes
     if isinstance(rope, dict) and "mrope_section" in rope:
         fields["rope_parameters"] = rope | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
     fields |= parts | {name: value for name, value in changes.items() if "." not in name}
-    return config_class(**{name: value for name, value in fields.items() if value is not UNCHANGED})
+    return config_class(**fields)
 
 
 def _has(config: PreTrainedConfig, name: str) -> bool:
@@ -207,6 +206,6 @@ def tiny_model(model_class: str, config: PreTrainedConfig, seed: int = 0) -> Pre
             parameter.data.normal_(0, fan_in**-0.5, generator=generator)
     settings = getattr(model, "generation_config", None)
     if settings is not None:
-        settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = None, None, PAD
+        settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = 1, None, PAD
         settings.suppress_tokens = list(range(FIRST_SPECIAL, VOCAB))  # a generated placeholder would want an image
     return model
