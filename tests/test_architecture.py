@@ -95,6 +95,7 @@ def test_lookm_uses_public_names_of_lookm_kernels_only(path: Path) -> None:
         "torch",
         "numpy",
         "transformers",
+        "huggingface_hub",
         "jinja2",
         "PIL",
         "rich",
@@ -106,7 +107,7 @@ def test_lookm_uses_public_names_of_lookm_kernels_only(path: Path) -> None:
 
 def test_nothing_below_knows_the_command_line() -> None:
     for path in files(LOOKM):
-        if path.name != "cli.py":
+        if path.name not in ("cli.py", "__main__.py"):
             assert not {module for module in imports(path) if module in ("lookm.cli", "typer")}, path
 
 
@@ -122,9 +123,14 @@ def test_importing_the_kernels_loads_no_backend_and_no_transformers() -> None:
 
 
 def test_importing_lookm_loads_neither_the_command_line_nor_the_demo() -> None:
-    loaded = loaded_by("import lookm") - loaded_by("import torch, transformers")
+    loaded = loaded_by("from lookm import LookMCache") - loaded_by("import torch, transformers")
     assert "lookm.cache" in loaded
     assert not {"lookm_kernels.triton", "typer", "PIL", "lookm.cli", "lookm.demo"} & loaded
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    assert "lookm.cli" in (loaded := loaded_by("import lookm.__main__, lookm.cli"))
+    assert not {"torch", "transformers", "numpy", "PIL", "rich"} & loaded
 
 
 def test_in_place_verbs_end_in_an_underscore() -> None:

@@ -22,7 +22,8 @@ LENGTHS = [39, 27, 21]
 TOKEN_BYTES = 2 * KV_HEADS * HEAD_DIM * 4 * LAYERS  # keys and values of one token of one row, float32
 
 NOT_A_BUDGET = [0, 0.0, -0.0, -1, -0.5, 1.5, 1.0000001, True, False, float("nan"), float("inf"), [1], (0.2,)]
-NOT_BYTES = ["", "0.2", "20%", "1GiBB", "GiB", "-1MiB", "0MiB", "0.4B", "1e3B", "512mib", "1 TiB", "1.MiB", "lots"]
+NOT_BYTES = ["", "0.2", "1GiBB", "GiB", "-1MiB", "0MiB", "0.4B", "1e3B", "1 TiB", "1.MiB", "lots"]
+NOT_COUNTS = ["0%", "101%", "-5%", "20%%", "0 tokens", "1.5 tokens", "tokens"]
 NOT_FRACTIONS = [(-0.1, 0.2), (0.0, 0.0), (0.9, 0.2), (float("nan"), 0.1), ("0.1", 0.1), (0.1, [0.1]), (True, 0.0)]
 
 
@@ -47,13 +48,37 @@ def kept(cache: LookMCache) -> list[int]:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512MiB", 512 * 2**20), (" 2 GB ", 2 * 10**9), ("1.5KiB", 1536), ("0.57KB", 570), ("100B", 100), ("1GiB", 2**30)],
+    [
+        ("512MiB", 512 * 2**20),
+        (" 2 GB ", 2 * 10**9),
+        ("1.5KiB", 1536),
+        ("0.57KB", 570),
+        ("100B", 100),
+        ("1GiB", 2**30),
+        ("512mib", 512 * 2**20),
+        ("512mb", 512 * 10**6),
+        ("7b", 7),
+    ],
 )
 def test_bytes_are_read_exactly(text: str, size: int):
     assert parse_budget(text) == Budget(bytes=size)
 
 
-@pytest.mark.parametrize("budget", [*NOT_A_BUDGET, *NOT_BYTES, "9" * 400], ids=repr)
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("20%", Budget(fraction=0.2)),
+        (" 12.3 % ", Budget(fraction=0.123)),
+        ("100%", Budget(fraction=1.0)),
+        ("500 tokens", Budget(tokens=500)),
+        ("1 token", Budget(tokens=1)),
+    ],
+)
+def test_percent_and_tokens_in_words(text: str, budget: Budget):
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("budget", [*NOT_A_BUDGET, *NOT_BYTES, *NOT_COUNTS, "9" * 400], ids=repr)
 def test_anything_else_says_what_is_accepted(budget):
     with pytest.raises(ValueError, match=r"`budget` must be a fraction .*, a number of tokens .* or bytes .*'512MiB'"):
         LookMCache(FAMILY.model(), budget)

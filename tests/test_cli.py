@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration, MllamaConfig
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    MllamaConfig,
+)
 from typer.testing import CliRunner, Result
 
-from lookm.cli import app, read_budget
+import lookm
+from lookm import POLICIES, LookMCache
+from lookm import generate as generate_module
+from lookm.cli import app
 from lookm.demo.checkpoint import MODEL
 from lookm.demo.task import draw_prompts, held_out_scans
-from lookm.generate import answer, build_inputs, load_model, load_processor, open_images
-from lookm.policy import ALIASES, POLICIES
+from lookm.errors import reason
+from lookm.generate import Sampling, answer, build_inputs, load_checkpoint
+from lookm.media import open_image
+from lookm.policy import ALIASES
+from lookm.typed import read_budget, read_policy
 
 GENERATE = ("generate", "--model", MODEL)
 
@@ -62,17 +83,21 @@ def test_generate_answers_and_reports(pictures: list[Path]) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout == "3 1 4\n"
     assert "108" in result.stderr, "the report counts the image tokens"
+    assert "4 tokens in" in result.stderr
+    assert "tokens/s" in result.stderr
 
 
 def test_generate_compares_with_the_full_cache(pictures: list[Path]) -> None:
     result = run(*GENERATE, *images(pictures), "--prompt", "Q note", "--compare", "--max-new-tokens", 3)
-    assert [line.partition(" (")[0] for line in result.stdout.splitlines()] == ["lookm", "full cache"]
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["lookm", "full cache"]
 
 
 def test_generate_is_what_the_library_gives(pictures: list[Path]) -> None:
-    model, processor = load_model(str(MODEL)), load_processor(str(MODEL))
-    inputs = build_inputs(processor, open_images(pictures), "A B C ; Q A")
-    ours = answer(model, processor, inputs, 1.0, "lookm", 3)
+    checkpoint = load_checkpoint(str(MODEL))
+    model, processor = checkpoint.load_model("cpu"), checkpoint.processor
+    message = checkpoint.message("A B C ; Q A", [open_image(path) for path in pictures])
+    inputs = build_inputs(processor, [message])
+    ours = answer(model, processor, inputs, LookMCache(model, 1.0), 3)
     plain = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert ours.text == processor.decode(plain, skip_special_tokens=True)
     assert ours.report.bytes == ours.report.bytes_full
@@ -81,7 +106,8 @@ def test_generate_is_what_the_library_gives(pictures: list[Path]) -> None:
 def test_a_processor_without_chat_template(pictures: list[Path]) -> None:
     processor = AutoProcessor.from_pretrained(MODEL)
     processor.chat_template = None
-    inputs = build_inputs(processor, open_images(pictures), "Q note")
+    content = [{"type": "image", "image": open_image(path)} for path in pictures] + [{"type": "text", "text": "Q note"}]
+    inputs = build_inputs(processor, [{"role": "user", "content": content}])
     assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 3 * 36
 
 
@@ -130,7 +156,9 @@ def test_a_model_that_is_not_there(name: str) -> None:
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
-    assert "does not load as a vision-language model" in complaint("generate", "--model", tmp_path, "--prompt", "Q")
+    message = complaint("generate", "--model", tmp_path, "--prompt", "Q")
+    assert f"model {tmp_path} does not load: " in message
+    assert not message.strip().endswith(":")
 
 
 def test_a_broken_checkpoint(tmp_path: Path) -> None:
@@ -150,15 +178,245 @@ def test_the_full_cache_is_not_compared_with_itself() -> None:
     assert "`policy` must evict" in complaint("demo", "--policy", "full")
 
 
-def test_a_model_of_another_kind(tmp_path: Path) -> None:
-    LlavaForConditionalGeneration.from_pretrained(MODEL).config.text_config.save_pretrained(tmp_path)
-    assert "does not load as a vision-language model" in complaint("generate", "--model", tmp_path, "--prompt", "Q")
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's decoder alone, with its tokenizer: a model of text."""
+    folder = tmp_path_factory.mktemp("text")
+    whole = LlavaForConditionalGeneration.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    LlamaForCausalLM(whole.config.text_config).save_pretrained(folder)
+    tokenizer = AutoProcessor.from_pretrained(MODEL).tokenizer
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_text_answers(text_model: Path) -> None:
+    arguments = ("--prompt", "note 1 2 3 Q note", "--max-new-tokens", 3, "--budget", "100%", "--quiet")
+    result = run("generate", "--model", text_model, *arguments)
+    assert result.exit_code == 0, result.output
+    tokenizer, model = AutoTokenizer.from_pretrained(text_model), LlamaForCausalLM.from_pretrained(text_model)
+    # as the demo's chat template has it
+    ids = tokenizer("<bos> note 1 2 3 Q note", return_tensors="pt")["input_ids"]
+    plain = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+    assert result.stdout.strip() == tokenizer.decode(plain, skip_special_tokens=True).strip()
+
+
+def test_a_model_of_text_sees_no_pictures(text_model: Path, pictures: list[Path]) -> None:
+    message = complaint("generate", "--model", text_model, "--prompt", "Q", "--image", pictures[0])
+    assert "is a text-only model (llama)" in message
+
+
+def test_a_model_that_is_neither(tmp_path: Path) -> None:
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    message = complaint("generate", "--model", tmp_path, "--prompt", "Q")
+    assert "(clip_vision_model) is neither a vision-language nor a text model" in message
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "two words"])
+def test_a_hub_without_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_module, "get_hf_file_metadata", unreachable)
+    start = time.perf_counter()
+    message = complaint("generate", "--model", name, "--prompt", "Q")
+    assert f"model {name} is " in message
+    assert "the hub is out of reach: no route" in message or "neither a folder here nor a model on the hub" in message
+    assert time.perf_counter() - start < 5
+
+
+def unreachable(*_: object, **__: object) -> None:
+    raise ConnectionError("no route")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (RepositoryNotFoundError, "is neither a folder here nor a model on the hub"),
+        (EntryNotFoundError, "is neither a folder here nor a model on the hub"),
+        (GatedRepoError, "is gated: ask for access on its page, then `hf auth login`"),
+    ],
+)
+def test_what_the_hub_answers(kind: type[Exception], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(*_: object, **__: object) -> None:
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(generate_module, "get_hf_file_metadata", answers)
+    assert f"model no/such {line}" in complaint("generate", "--model", "no/such", "--prompt", "Q")
+
+
+def test_a_cached_model_is_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(generate_module, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(generate_module, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    assert generate_module._where("some/model") == {"local_files_only": True}
 
 
 def test_a_bad_layout() -> None:
     assert "`layout` must be one of after, before" in complaint("demo", "--layout", "between")
 
 
-@pytest.mark.parametrize(("text", "budget"), [("0.2", 0.2), ("300", 300), ("1.0", 1.0), ("1", 1), ("2MiB", "2MiB")])
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("0.2", 0.2), ("300", 300), ("1.0", 1.0), ("20%", "20%"), ("512mb", "512mb"), ("1 token", "1 token")],
+)
 def test_budgets_as_typed(text: str, budget: object) -> None:
     assert json.dumps(read_budget(text)) == json.dumps(budget)
+
+
+def test_one_is_no_budget_as_typed() -> None:
+    message = complaint(*GENERATE, "--prompt", "Q", "--budget", "1")
+    assert "'1 token'" in message
+    assert "'100%'" in message
+
+
+def test_options_of_a_policy() -> None:
+    policy = read_policy("lookm", ["rule=average", "sinks=4", "gate=none", "recent_share=0.25", "text_prior=False"])
+    assert policy == lookm.policy.replace(
+        POLICIES[ALIASES["lookm"]], rule="average", sinks=4, gate=None, recent_share=0.25, text_prior=False
+    )
+    assert read_policy("snapkv", ["window=8"]).window == 8
+    assert "`option` must be NAME=VALUE" in complaint(*GENERATE, "--prompt", "Q", "--option", "sinks")
+    assert "options of this policy are" in complaint(*GENERATE, "--prompt", "Q", "--option", "sink=4")
+    assert "`sinks` must be a number of tokens" in complaint(*GENERATE, "--prompt", "Q", "--option", "sinks=four")
+    assert "`text_prior` must be True or False" in complaint(*GENERATE, "--prompt", "Q", "--option", "text_prior=2")
+
+
+def test_a_policy_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_policies.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from lookm import Policy, register_policy\n"
+        "@register_policy('typed_test', sinks=3)\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Policy):\n"
+        "    width: int = 2\n"
+        "other = Mine(width=5)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        assert read_policy("my_policies:Mine", ["width=7"]).width == 7
+        assert read_policy("my_policies:Mine").sinks == 3, "as registered"
+        assert read_policy("my_policies:other").width == 5
+        result = run(*GENERATE, "--prompt", "note 1 2 Q note", "--policy", "my_policies:Mine", "--max-new-tokens", 2)
+        assert result.exit_code == 0, result.output
+        assert "cannot be imported: AttributeError" in complaint(
+            *GENERATE, "--prompt", "Q", "--policy", "my_policies:None_"
+        )
+        assert "cannot be imported: ModuleNotFoundError" in complaint(
+            *GENERATE, "--prompt", "Q", "--policy", "no_mod:A"
+        )
+        assert "must be a lookm.Policy" in complaint(*GENERATE, "--prompt", "Q", "--policy", "my_policies:dataclass")
+    finally:
+        POLICIES.pop("typed_test", None)
+        lookm.policy.DESCRIPTIONS.pop("typed_test", None)
+
+
+def test_json_and_quiet(pictures: list[Path]) -> None:
+    arguments = (*GENERATE, *images(pictures), "--prompt", "note 3 1 4 ; Q note", "--budget", "30%")
+    result = run(*arguments, "--max-new-tokens", 8, "--json", "--compare")
+    said = json.loads(result.stdout)
+    assert not result.stderr
+    assert (said["text"], said["tokens"]) == ("3 1 4", 4)
+    assert said["tokens_per_second"] == pytest.approx(said["tokens"] / said["seconds"], rel=0.05)
+    ours, full = said["report"], said["full_cache"]["report"]
+    assert sum(layer["bytes"] for layer in ours["layers"]) < sum(layer["bytes"] for layer in full["layers"])
+    quiet = run(*arguments, "--max-new-tokens", 8, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == ("3 1 4\n", "")
+
+
+def test_sampling_is_seeded_and_differs_from_greedy(pictures: list[Path]) -> None:
+    arguments = (*GENERATE, "--image", pictures[0], "--prompt", "Q A", "--max-new-tokens", 12, "--quiet")
+    hot = (*arguments, "--temperature", 3.0, "--top-p", 0.99, "--top-k", 40)
+    first, again, other = (run(*hot, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert Sampling(temperature=0, top_k=5).arguments() == {"do_sample": False}
+    assert Sampling(seed=1).arguments() == {"do_sample": False}
+    assert Sampling(top_p=0.5).arguments() == {"do_sample": True, "top_p": 0.5}
+
+
+def test_device_and_dtype() -> None:
+    assert load_checkpoint(str(MODEL)).load_model("cpu", "bfloat16").dtype == torch.bfloat16
+    assert "`device` 'tpu9' is not there" in complaint(*GENERATE, "--prompt", "Q", "--device", "tpu9")
+    assert "`dtype` must be auto, float32" in complaint(*GENERATE, "--prompt", "Q", "--dtype", "int8")
+
+
+def test_a_warm_start_has_no_warnings(pictures: list[Path]) -> None:
+    arguments = ["generate", "--model", str(MODEL), "--image", str(pictures[0]), "--prompt", "Q note", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "lookm", *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"lookm {lookm.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "lookm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lookm {lookm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  \nreally this\nand more"), "really this"),
+        (KeyError(), "KeyError"),
+        (
+            ImportError("\nXProcessor requires the Torchvision library but it was not found. Check\nthe page"),
+            "XProcessor requires the Torchvision library but it was not found: pip install torchvision",
+        ),
+        (ModuleNotFoundError("No module named 'num2words'", name="num2words"), "'num2words': pip install num2words"),
+        (ImportError("Install it with `pip install num2words`."), "Install it with `pip install num2words`."),
+    ],
+)
+def test_the_reason_of_an_error(error: Exception, line: str) -> None:
+    assert reason(error).endswith(line)
+
+
+def broken_torchvision(folder: Path) -> dict[str, str]:
+    """An environment whose torchvision is installed and does not import, as one of another torch does not."""
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision/__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n__version__ = '0.20.0'\n"
+    )
+    record = folder / "torchvision-0.20.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\n")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+
+
+def test_a_broken_torchvision(tmp_path: Path) -> None:
+    environment = broken_torchvision(tmp_path)
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        whole = [sys.executable, "-m", "lookm", *arguments]
+        return subprocess.run(whole, capture_output=True, text=True, env=environment, check=False)
+
+    for arguments in (["--help"], ["--version"], ["policies"], ["generate", "--help"]):
+        done = command(*arguments)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = command("generate", "--model", str(MODEL), "--prompt", "Q")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: torchvision is broken (operator torchvision::nms does not exist): install")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, from the moment on at which its first line of Python has run."""
+    code = "import sys, lookm.__main__ as command; print('started', flush=True); command.main()"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.7, 1.5, 6])
+def test_control_c_at_any_time(seconds: float) -> None:
+    # chat waits for its first line for ever
+    with started("chat", "--model", str(MODEL)) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        # not communicate(), which closes stdin: the chat would end by itself
+        assert process.wait(timeout=20) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() in ("interrupted\n", "\ninterrupted\n")

@@ -193,7 +193,7 @@ def test_disable_gives_a_generate_of_ones_own_back(model):
     lookm.enable(model, budget=0.3)
     lookm.enable(model, budget=0.4)
     lookm.disable(model)
-    assert model.generate is own
+    assert model.generate() == "mine"
 
 
 DELEGATING = {"greedy": {}, "beam": {"num_beams": 3}, "sampling": {"do_sample": True, "num_return_sequences": 2}}

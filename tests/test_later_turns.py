@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,3 +164,37 @@ def test_two_turns_of_generate(later_turns: str):
     # the last generated token of the first turn is read with the second
     assert cache.layers[0].keys.shape[2] == 11 + (10 if later_turns == "dense" else 3) + 2
     assert cache.get_seq_length() == 33 + 9 + 2
+
+
+def generate(cache: LookMCache, prompts: list[Prompt], shown: list[Prompt], count: int = 3) -> Tensor:
+    inputs = LLAVA.inputs(prompts, shown=shown)
+    return LLAVA.model().generate(**inputs, past_key_values=cache, max_new_tokens=count, do_sample=False)
+
+
+@pytest.mark.parametrize("later_turns", [None, "dense", "segment"])
+@pytest.mark.parametrize("layout", [(9, IMAGE, 12), (4, IMAGE, 5), (20, IMAGE, 30), (60,)])
+def test_another_prompt_without_a_reset(layout: tuple, later_turns: str | None):
+    """transformers takes its first tokens for those in the cache, without a look."""
+    cache = LookMCache(LLAVA.model(), 0.3, later_turns=later_turns)
+    first, other = [LLAVA.prompt((9, IMAGE, 12))], [LLAVA.prompt(layout, 5)]
+    generate(cache, first, first)
+    with pytest.raises(ValueError, match=r"must begin with the 41 tokens that this cache has read.*cache.reset\(\)"):
+        generate(cache, other, other)
+    cache.reset()
+    fresh = generate(LookMCache(LLAVA.model(), 0.3), other, other)
+    assert torch.equal(generate(cache, other, other), fresh)
+
+
+def test_the_next_turn_is_no_other_prompt():
+    """Whole, or its new tokens alone under a mask over all of them; after a crop too."""
+    prompt, cache = LLAVA.prompt((9, IMAGE, 12)), cache_for("dense")
+    answer = generate(cache, [prompt], [prompt])[0].tolist()
+    whole = Prompt((*answer, 7, 8, 9))
+    cache.crop(-1)
+    expected = copy.deepcopy(cache)
+    ids = generate(cache, [whole], [])
+    mask = torch.ones(1, len(whole), dtype=torch.long)
+    new = torch.tensor([whole.ids[expected.get_seq_length() :]])
+    options = {"max_new_tokens": 3, "do_sample": False}
+    alone = LLAVA.model().generate(input_ids=new, attention_mask=mask, past_key_values=expected, **options)
+    assert torch.equal(ids[:, -3:], alone[:, -3:])

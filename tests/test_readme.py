@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tomllib
 import torch
 from families import FAMILIES
 from typer.testing import CliRunner
 
-from lookm import LookMCache
+from lookm import LookMCache, __version__
 from lookm.cli import app
 from lookm.policy import DESCRIPTIONS, POLICIES
 
@@ -103,6 +104,14 @@ def test_commands_exist(command: str) -> None:
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)`", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([\w-]+)`", README))))
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_extras_and_version_of_the_installation() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"[`\w]\[([a-z-]+)\]", README))
+    assert extras == {"transformers", "no-torchvision"}
+    assert extras < set(project["optional-dependencies"])
+    assert set(re.findall(r"lookm_kernels-([\d.]+\d)", README)) == {__version__}

@@ -204,6 +204,15 @@ def test_a_layer_that_attends_twice():
 
 
 @torch.no_grad()
+def test_a_layer_that_stores_twice():
+    """A model that loops over its layers, as Dory does."""
+    model = copy.deepcopy(QWEN.model())
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(NotImplementedError, match="stored keys a second time in one forward"):
+        model(**REPEATING, past_key_values=LookMCache(model, budget=0.3))
+
+
+@torch.no_grad()
 def test_masks_that_a_model_builds_by_itself():
     """BERT as an encoder sizes its mask by the tokens seen: a whole prompt fits, a compressed one does not."""
     config = transformers.BertConfig(

@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import FAMILIES, HEAD_DIM, IMAGE, VIDEO, KV_HEADS
+from families import FAMILIES, HEAD_DIM, IMAGE, IMAGE_ID, KV_HEADS, VIDEO, VIDEO_ID
 from transformers import cache_utils
 
 from lookm import LayerReport, LookMCache, Report
+from lookm.modality import MEDIA
 from lookm.report import format_bytes
 
 LLAVA, GEMMA, LINEAR = FAMILIES["llava"], FAMILIES["gemma3"], FAMILIES["qwen3_5"]
@@ -33,7 +34,7 @@ def read(family, cache, prompts) -> None:
 
 
 def by(text: float, image: float) -> dict[str, float]:
-    return {"text": text, "image": image, "video": 0, "audio": 0}
+    return dict.fromkeys(MEDIA, 0) | {"text": text, "image": image}
 
 
 def table(report: Report) -> list[list[str]]:
@@ -146,9 +147,10 @@ def test_to_dict_is_json():
     assert numbers["mean"]["kept"] + numbers["mean"]["evicted"] == 60
     assert numbers["layers"][2] == {
         "layer": 2, "compressed": True, "rows": 2, "places": 11, "seen": 60, "kept": 17, "evicted": 43, "later": 0,
-        "seen_text": 44, "seen_image": 16, "kept_text": 17, "kept_image": 0, "later_text": 0, "later_image": 0,
+        **{f"{name}_{medium}": 0 for name in ("seen", "kept", "later") for medium in MEDIA},
+        "seen_text": 44, "seen_image": 16, "kept_text": 17,
         "bytes": 2 * 11 * TOKEN, "bytes_full": 2 * 39 * TOKEN, "later_bytes": 0,
-    } | {f"{what}_{medium}": 0 for what in ("seen", "kept", "later") for medium in ("video", "audio")}  # fmt: skip
+    }  # fmt: skip
 
 
 def test_nothing_read_yet():
@@ -168,20 +170,24 @@ def test_the_table_fits_a_narrow_terminal():
     assert max(map(len, str(report).splitlines()[1:])) <= 50
 
 
+def test_a_video_is_a_medium_of_its_own():
+    family = FAMILIES["qwen2_vl"]
+    prompt = family.prompt((5, IMAGE, 3, VIDEO, 4))
+    cache = LookMCache(family.model(), budget=1.0)
+    read(family, cache, [prompt])
+    ids = torch.tensor(prompt.ids)
+    images, videos = int((ids == IMAGE_ID).sum()), int((ids == VIDEO_ID).sum())
+    layer = cache.report().layers[0]
+    assert layer.seen_by == {"text": len(ids) - images - videos, "image": images, "video": videos, "audio": 0}
+    assert layer.kept_by == layer.seen_by
+    assert f"{images} image, {videos} video)" in cache.report().summary()
+    assert table(cache.report())[0][2:5] == ["text", "image", "video"]
+
+
 def test_a_prompt_without_images_has_no_column_for_them():
     report = prefilled(LLAVA, [(21,)], budget=0.3).report()
     assert table(report)[0] == ["layer", "tokens", "text", "bytes", "share"]
     assert "(21 text)" in report.summary()
-
-
-def test_every_medium_has_a_name():
-    """A video of Qwen2-VL; audio of Qwen2-Audio (test_modality.py)."""
-    report = prefilled(FAMILIES["qwen2_vl"], [(9, IMAGE, 5, VIDEO, 4)], budget=0.3).report()
-    layer = report.layers[0]
-    assert layer.seen_by["image"] > 0
-    assert layer.seen_by["video"] > 0
-    assert f"{layer.seen_by['image']} image, {layer.seen_by['video']} video)" in report.summary()
-    assert table(report)[0] == ["layer", "tokens", "text", "image", "video", "bytes", "share"]
 
 
 def test_long_prompts_are_written_out():

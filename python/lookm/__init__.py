@@ -1,12 +1,33 @@
 """LOOK-M for transformers: long multi-image prompts on 5-20 % of the KV cache (arXiv 2406.18139)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lookm import _requirements  # noqa: F401  (before anything that imports transformers)
-from lookm import policies as _registers_the_policies  # noqa: F401
-from lookm.cache import LookMCache
-from lookm.enable import disable, enable
-from lookm.policy import POLICIES, Attention, Policy, Prompt, register_policy
-from lookm.report import LayerReport, Report
-from lookm_kernels._version import __version__
+
+if TYPE_CHECKING:
+    from lookm.cache import LookMCache
+    from lookm.policy import POLICIES, Attention, Policy, Prompt, register_policy
+    from lookm.report import LayerReport, Report
+    from lookm.switch import disable, enable
+    from lookm.turns import next_turn
+    from lookm_kernels._version import __version__
+
+# imported when first asked for: the command line answers --help without torch and transformers
+_HOME = {
+    "POLICIES": "lookm.policy",
+    "Attention": "lookm.policy",
+    "LayerReport": "lookm.report",
+    "LookMCache": "lookm.cache",
+    "Policy": "lookm.policy",
+    "Prompt": "lookm.policy",
+    "Report": "lookm.report",
+    "__version__": "lookm_kernels._version",
+    "disable": "lookm.switch",
+    "enable": "lookm.switch",
+    "next_turn": "lookm.turns",
+    "register_policy": "lookm.policy",
+}
 
 __all__ = [
     "POLICIES",
@@ -19,5 +40,19 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "next_turn",
     "register_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] == "lookm.policy":
+        import_module("lookm.policies")  # which registers those that come with the package
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

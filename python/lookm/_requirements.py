@@ -11,5 +11,5 @@ except PackageNotFoundError:
 if found == "none" or tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
     raise ImportError(
         f"lookm needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, found {found}: "
-        'pip install "lookm-kernels[transformers]"'
+        f'pip install "transformers>={OLDEST[0]}.{OLDEST[1]},<6"'
     )

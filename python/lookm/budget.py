@@ -10,8 +10,11 @@ from fractions import Fraction
 
 from lookm.policy import Policy, is_number
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-ACCEPTED = "a fraction 0 < f <= 1.0, a number of tokens (int >= 1) or bytes for the whole cache such as '512MiB'"
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+ACCEPTED = (
+    "a fraction 0 < f <= 1.0 (0.2 or '20%'), a number of tokens >= 1 (500 or '500 tokens') "
+    "or bytes for the whole cache ('512MiB')"
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,24 @@ def parse_budget(
         return Budget(tokens=budget)
     if isinstance(budget, float) and 0 < budget <= 1:
         return Budget(fraction=budget)
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", budget)
-        size = math.floor(Fraction(match[1]) * UNITS[match[2]]) if match else 0
-        if size > 0:
-            return Budget(bytes=size)
-    raise ValueError(f"`budget` must be {ACCEPTED}, got {budget!r}")
+    written = _from_text(budget) if isinstance(budget, str) else None
+    if written is None:
+        raise ValueError(f"`budget` must be {ACCEPTED}, got {budget!r}")
+    return written
+
+
+def _from_text(budget: str) -> Budget | None:
+    """A number and what it counts, in any case: percent, tokens or a unit of bytes. None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|tokens?|[kmg]i?b|b)", budget.strip().lower(), re.ASCII)
+    if match is None:
+        return None
+    number, unit = Fraction(match[1]), match[2]
+    if unit == "%":
+        return Budget(fraction=float(number / 100)) if 0 < number <= 100 else None
+    if unit in UNITS:
+        size = math.floor(number * UNITS[unit])
+        return Budget(bytes=size) if size > 0 else None
+    return Budget(tokens=int(number)) if number >= 1 and number.denominator == 1 else None
 
 
 def extend_for_text(keep: Sequence[int], recent: Sequence[int], text_before_recent: Sequence[int]) -> list[int]:

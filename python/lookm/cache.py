@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from lookm import policies as _registers_the_policies  # noqa: F401
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
 from lookm.layer import NO_ASSISTANT, NOT_INTERCEPTED, LookMLayer
@@ -29,6 +32,10 @@ MORE_PROMPT = (
     "lookm: the first {first} tokens were compressed as the whole prompt, and {more} more follow. If they are the rest "
     "of it, declare that: LookMCache(..., prompt_length=TOKENS). If they are a later turn, say later_turns='dense' or "
     "'segment' to silence this. If they are another prompt, call cache.reset() before it: this cache holds the first."
+)
+ANOTHER_PROMPT = (
+    "`input_ids` must begin with the {seen} tokens that this cache has read, and go on; got other ones, or no more, in "
+    "{given}. Before another prompt, call cache.reset(); for the next turn, pass the whole conversation"
 )
 INTERRUPTED = (
     "lookm: an earlier forward on this cache did not come to its end, and some layers hold more tokens than others: "
@@ -141,6 +148,7 @@ class LookMCache(DynamicCache):
             raise RuntimeError(INTERRUPTED)
         state.model, state.complete, state.begun_at = id(model), False, layer.seen
         tokens = arguments.get("input_ids")
+        state.note_tokens(layer.seen, tokens)
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return
@@ -183,6 +191,22 @@ class LookMCache(DynamicCache):
         if tokens is not None and all(layer.seen == state.begun_at for layer in self._compressible):
             raise NotImplementedError(NOT_STORED.format(model=type(model).__name__, tokens=tokens.shape[1]))
         state.complete = True
+
+    def check_continues(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """ValueError where what generate is given, ids [B, n], is not the conversation in this cache and more.
+
+        transformers takes the first tokens of the ids for those that the cache holds, without looking at them; ids that
+        are fewer than the mask's columns are new ones alone.
+        """
+        seen = self._first.seen
+        if seen == 0 or (attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]):
+            return
+        read = self.forward_state.tokens_read(seen)
+        length = min(seen, input_ids.shape[1])
+        known = read is not None and read.shape[0] == input_ids.shape[0]
+        same = read is None or not known or torch.equal(read[:, :length].to(input_ids.device), input_ids[:, :length])
+        if not same or input_ids.shape[1] <= seen:
+            raise ValueError(ANOTHER_PROMPT.format(seen=seen, given=list(input_ids.shape)))
 
     @property
     def _compressible(self) -> list[LookMLayer]:
@@ -263,6 +287,18 @@ def watch(model: nn.Module) -> None:
             module.register_forward_pre_hook(_before_forward, with_kwargs=True)
             module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
             module._lookm_watched = True
+            if hasattr(module, "generate"):
+                # a partial, which is copied and pickled along with its model
+                module.generate = functools.update_wrapper(
+                    functools.partial(_generate, module.generate), module.generate
+                )
+
+
+def _generate(generate: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+    cache, tokens = cache_argument(arguments), arguments.get("input_ids", args[0] if args else None)
+    if isinstance(cache, LookMCache) and isinstance(tokens, Tensor) and tokens.ndim == 2:
+        cache.check_continues(tokens, arguments.get("attention_mask"))
+    return generate(*args, **arguments)
 
 
 def _before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,22 +1,36 @@
-"""The `lookm` command."""
+"""The `lookm` command: arguments alone; what needs torch is imported when a command runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lookm.budget import parse_budget
-from lookm.policy import ALIASES, DESCRIPTIONS, POLICIES, resolve_policy
+from lookm.errors import check_torchvision, reason
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lookm.cache import LookMCache
+    from lookm.generate import Checkpoint, Sampling
+    from lookm.media import Video
 
 app = typer.Typer(
-    help="Long multi-image prompts on 5-20 % of the KV cache (LOOK-M).", no_args_is_help=True, add_completion=False
+    help="Long multi-image prompts on 5-20 % of the KV cache (LOOK-M).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 BudgetOption = Annotated[
-    str, typer.Option(help="What stays of the prompt: a fraction (0.2), tokens (500) or bytes (512MiB).")
+    str, typer.Option(help="What stays of the prompt: 0.2 or 20%, 500 or '500 tokens', or bytes: 512MiB.")
 ]
 PolicyOption = Annotated[str, typer.Option(help="A name from `lookm policies`.")]
 
@@ -26,28 +40,35 @@ def one_line_errors() -> Iterator[None]:
     """Turn the user's mistakes into one clear line and exit code 2."""
     try:
         yield
-    except (ValueError, NotImplementedError, OSError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        typer.echo(f"error: {first_line}", err=True)
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+        typer.echo(f"error: {reason(error)}", err=True)
         raise typer.Exit(2) from None
 
 
-def read_budget(text: str) -> float | int | str:
-    """The budget a user typed: digits are tokens, a number with a point is a fraction, anything else bytes."""
-    for kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        parse_budget(value)
-        return value
-    parse_budget(text)
-    return text
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        from lookm import __version__
+
+        typer.echo(f"lookm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Long multi-image prompts on 5-20 % of the KV cache (LOOK-M)."""
 
 
 @app.command()
 def policies() -> None:
     """List the policies."""
+    from lookm import POLICIES
+    from lookm.policy import ALIASES, DESCRIPTIONS
+
     for name in POLICIES:
         typer.echo(f"{name:<26} {DESCRIPTIONS[name]}")
     for alias, name in ALIASES.items():
@@ -64,44 +85,154 @@ def demo(
     seed: Annotated[int | None, typer.Option(help="Draw this prompt again; a fresh one by default.")] = None,
 ) -> None:
     """Ask a small trained model about pictures, with the full cache and with a compressed one, and compare policies."""
-    from lookm.demo.show import run
-
     with one_line_errors():
+        check_torchvision()
+        from lookm.demo.show import run
+        from lookm.policy import resolve_policy
+        from lookm.typed import read_budget
+
         resolve_policy(policy, {})
         run(read_budget(budget), images, policy, layout, out, seed)
 
 
+@dataclass(kw_only=True)
+class Session:
+    """What `generate` and `chat` have in common: the model, the media of the first turn, the cache, the sampling."""
+
+    model: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a vision-language (or text) model.")]
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image file; repeat for more, in order.")
+    ] = None
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A video, an animated GIF or WebP, or a folder of frames; may be repeated."),
+    ] = None
+    frames: Annotated[int, typer.Option(min=1, help="At most so many frames of each video, at equal distances.")] = 16
+    budget: BudgetOption = "0.2"
+    policy: Annotated[str, typer.Option(help="A name from `lookm policies`, or module:Class of one's own.")] = "lookm"
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A field of the policy, such as rule=average; may be repeated."),
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample; the most likely token by default.")] = None
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None
+    seed: Annotated[int | None, typer.Option(help="Sample the same again.")] = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU by default where there is one.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")] = "auto"
+
+    def open(self, progress: bool = True) -> tuple[Checkpoint, list[Image], list[Video]]:
+        """The checkpoint without its weights and the media, after everything typed has been checked.
+
+        progress: show bars while files load, on a terminal.
+        """
+        from lookm.typed import read_budget, read_policy
+
+        read_budget(self.budget)
+        read_policy(self.policy, self.option or ())
+        from lookm.media import open_image, open_video
+
+        images = [open_image(path) for path in self.image or ()]
+        check_torchvision()
+        from transformers.utils import logging
+
+        from lookm.generate import load_checkpoint
+
+        logging.set_verbosity_error()
+        if not (progress and sys.stderr.isatty()):
+            logging.disable_progress_bar()
+        videos = [open_video(path, self.frames) for path in self.video or ()]
+        return load_checkpoint(self.model), images, videos
+
+    def load(self, checkpoint: Checkpoint) -> Any:
+        """The model."""
+        return checkpoint.load_model(self.device, self.dtype)
+
+    def cache(self, model: Any, full: bool = False) -> LookMCache:
+        """A fresh cache as typed, or one that keeps everything."""
+        from lookm import LookMCache
+        from lookm.typed import read_budget, read_policy
+
+        if full:
+            return LookMCache(model, 1.0, "full")
+        policy = read_policy(self.policy, self.option or ())
+        return LookMCache(model, read_budget(self.budget), policy, later_turns="dense")
+
+    @property
+    def sampling(self) -> Sampling:
+        """The typed sampling."""
+        from lookm.generate import Sampling
+
+        return Sampling(self.temperature, self.top_p, self.top_k, self.seed)
+
+
+def with_session(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes a Session first: on the command line, the session's options beside its own."""
+    shared = inspect.signature(Session, eval_str=True).parameters
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    def run(**typed: Any) -> None:
+        session = Session(**{name: typed.pop(name) for name in shared})
+        with one_line_errors():
+            command(session, **typed)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    every = [*shared.values(), *own]
+    run.__signature__ = inspect.Signature([each.replace(kind=keyword) for each in every])  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
 @app.command()
+@with_session
 def generate(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a vision-language model.")],
+    session: Session,
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="An image file; repeat for more, in order.")] = None,
-    budget: BudgetOption = "0.2",
-    policy: PolicyOption = "lookm",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, speed, report.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="The answer alone.")] = False,
 ) -> None:
     """Answer a prompt about images with any supported checkpoint, on a compressed cache."""
-    from lookm.generate import answer, build_inputs, load_model, load_processor, open_images
+    checkpoint, images, videos = session.open(progress=not (quiet or as_json))
+    from lookm.generate import answer, build_inputs, video_arguments
 
-    with one_line_errors():
-        resolve_policy(policy, {})
-        chosen = read_budget(budget)
-        pictures = open_images(image or [])
-        processor = load_processor(model)
-        inputs = build_inputs(processor, pictures, prompt)
-        loaded = load_model(model)
-        runs = {"lookm": (chosen, policy)} | ({"full cache": (1.0, "full")} if compare else {})
-        for name, (share, rule) in runs.items():
-            result = answer(loaded, processor, inputs, share, rule, max_new_tokens)
-            typer.echo(f"{name} ({result.seconds:.1f} s): {result.text}" if compare else result.text)
-            typer.echo(str(result.report), err=True)
+    message = checkpoint.message(prompt, images, videos)
+    inputs = build_inputs(checkpoint.processor, [message], **video_arguments(videos))
+    model = session.load(checkpoint)
+    answers = {}
+    for name in ["lookm", "full cache"] if compare else ["lookm"]:
+        cache = session.cache(model, full=name != "lookm")
+        result = answer(model, checkpoint.processor, inputs, cache, session.max_new_tokens, session.sampling)
+        answers[name] = result.to_dict()
+        if as_json:
+            continue
+        typer.echo(f"{name}: {result.text}" if compare else result.text)
+        if not quiet:
+            speed = f"{result.tokens} tokens in {result.seconds:.1f} s, {result.tokens_per_second:.1f} tokens/s"
+            typer.echo(f"{speed}, the prompt's reading included\n{result.report}", err=True)
+    if as_json:
+        whole = {"full_cache": answers["full cache"]} if compare else {}
+        typer.echo(json.dumps(answers["lookm"] | whole))
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+@app.command()
+@with_session
+def chat(session: Session) -> None:
+    """Talk with a checkpoint about images, on one compressed cache; Ctrl-C ends an answer, /quit the talk."""
+    checkpoint, images, videos = session.open()
+    from lookm.chat import chat
 
-
-if __name__ == "__main__":
-    main()
+    # refused before the weights are read
+    checkpoint.message("", images, videos)
+    model = session.load(checkpoint)
+    chat(
+        checkpoint,
+        model,
+        session.cache(model),
+        images,
+        videos,
+        frames=session.frames,
+        max_new_tokens=session.max_new_tokens,
+        sampling=session.sampling,
+    )

@@ -26,6 +26,7 @@ class Forward:
     model: id of the model whose forward is under way; those of models inside it add nothing.
     complete: the last forward came to its end; begun_at: tokens read before it.
     length: tokens of the last forward that said what it reads; own_mask: it brought a mask in 4D.
+    tokens: ids [B, n] of the tokens read, in parts, token_count in all; None: unknown.
     hidden: [B, tokens before] bool, tokens that were read as visible and that this forward's mask hides; None: none.
     hidden_places: [B, stored] bool, the same where all layers and heads store them at one place.
     plain: masks that the overlay made for this forward, causal and padded and nothing else.
@@ -40,6 +41,8 @@ class Forward:
     begun_at: int = 0
     length: int = 0
     own_mask: bool = False
+    tokens: list[Tensor] | None = field(default_factory=list)
+    token_count: int = 0
     begun: int | None = None
     media: Tensor | None = None
     masked: tuple[int, int] | None = None
@@ -74,7 +77,25 @@ class Forward:
     def reset(self) -> None:
         """As new, but for what the user gave."""
         self.forget()
-        self.model, self.complete = None, True
+        self.model, self.complete, self.tokens, self.token_count = None, True, [], 0
+
+    def note_tokens(self, seen: int, ids: Tensor | None) -> None:
+        """The ids [B, q] of the tokens from position `seen` on; None where they are unknown."""
+        before = self.tokens_read(seen) if self.token_count != seen else None
+        if before is not None:  # some were cropped
+            self.tokens, self.token_count = [before], seen
+        known = self.tokens is not None and self.token_count == seen
+        if ids is None or not known or (self.tokens and self.tokens[0].shape[0] != ids.shape[0]):
+            self.tokens = None
+        elif self.tokens is not None:
+            self.tokens.append(ids)
+            self.token_count = seen + ids.shape[1]
+
+    def tokens_read(self, seen: int) -> Tensor | None:
+        """[B, seen], the ids of the first `seen` tokens; None where they are unknown."""
+        if not self.tokens or self.token_count < seen:
+            return None
+        return torch.cat(self.tokens, 1)[:, :seen]
 
     def mask(self, seen: int, length: int, valid: Tensor | None) -> None:
         """The padding mask of the `length` tokens from position `seen` on; a model may ask for several masks."""

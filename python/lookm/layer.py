@@ -23,6 +23,9 @@ TWICE = (
     "lookm: a layer attended a second time in one forward (differential attention, say); scores of one of its calls "
     "would not describe what it attended to: not supported"
 )
+STORED_TWICE = (
+    "lookm: a layer stored keys a second time in one forward (a model that loops over its layers): not supported"
+)
 NOT_CROPPABLE = (
     "lookm: only tokens after the compressed prompt can be cropped, it ends at position {floor} and the crop at {end}"
 )
@@ -190,6 +193,8 @@ class LookMLayer(DynamicLayer):
         """Store new keys and values [B, H, q, D]; while a prompt is read, the keys returned lead to `attend`."""
         if self.pending:
             raise NotImplementedError(NOT_INTERCEPTED)
+        if self.forward.model is not None and self.seen > self.forward.begun_at:
+            raise NotImplementedError(STORED_TWICE)
         new = key_states.shape[-2]
         reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
         self._note_padding(self.forward.valid_at(self.seen, new), key_states)
@@ -199,7 +204,11 @@ class LookMLayer(DynamicLayer):
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         else:
-            self.keys, self.values = key_states, value_states
+            # in the dtype that DynamicLayer gives values other than its keys: it changed in transformers 5.24
+            plain = DynamicLayer()
+            plain.lazy_initialization(key_states, value_states)
+            dtype = torch.promote_types(plain.values.dtype, value_states.dtype)
+            self.keys, self.values = key_states, value_states.to(dtype)
             self.device = key_states.device
             self.is_initialized = True
         self.seen += new
@@ -354,6 +363,7 @@ class LookMLayer(DynamicLayer):
         self._map_rows(lambda rows: rows[indices, ...])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.forward.tokens = None
         for name in self._row_tensors:
             rows = getattr(self, name)
             if rows is not None:

@@ -77,6 +77,12 @@ def forward_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
 
 
+def cache_keyword(model: nn.Module) -> str:
+    """The name under which the model's forward, and its generate, take a cache in this transformers."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in parameters)
+
+
 def cache_argument(arguments: dict[str, Any]) -> Cache | None:
     """The cache among a forward's arguments, under its old or its new name."""
     found = (arguments.get(name) for name in CACHE_ARGUMENTS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lookm.cache import LookMCache
 from lookm.demo.task import Prompt, Turn, ask_note, ask_picture
+from lookm.modality import cache_keyword
 from lookm.report import Report
 
 
@@ -36,16 +37,17 @@ def converse(model: Any, prompt: Prompt, turns: Sequence[Turn], cache: LookMCach
     A model's own answers stay in the dialogue, right or wrong.
     """
     first = torch.cat([prompt.input_ids, turns[0].question], 1)
-    logits = model(input_ids=first, pixel_values=prompt.pixel_values, past_key_values=cache, logits_to_keep=1).logits
+    options: dict[str, Any] = {cache_keyword(model): cache, "logits_to_keep": 1}
+    logits = model(input_ids=first, pixel_values=prompt.pixel_values, **options).logits
     report = cache.report()
     said: list[Tensor] = []
     for turn in turns:
         if said:
             question = torch.cat([said[-1][:, -1:], turn.question], 1)
-            logits = model(input_ids=question, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=question, **options).logits
         words = [logits.argmax(-1)]
         for _ in range(turn.answer.shape[1] - 1):
-            words.append(model(input_ids=words[-1], past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
+            words.append(model(input_ids=words[-1], **options).logits.argmax(-1))
         said.append(torch.cat(words, 1))
     return Dialogue(said, report)
 

@@ -116,6 +116,7 @@ def policy_table(cells: Sequence[Cell]) -> Table:
         f"prompts of {cells[0].seen:.0f} tokens",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
+        pad_edge=False,
     )
     for policy in dict.fromkeys(cell.policy for cell in cells):
         own = {cell.budget: cell for cell in cells if cell.policy == policy}

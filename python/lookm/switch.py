@@ -62,7 +62,6 @@ def enable(model: nn.Module, *settings: Any, **options: Any) -> None:
     )
     module._lookm_enabled = enabled
     if hasattr(module, "generate"):
-        # a partial, which is copied and pickled along with its model
         generate = functools.partial(_generate, module, enabled, module.generate)
         module.generate = functools.update_wrapper(generate, module.generate)
 
