@@ -154,7 +154,8 @@ def compressed_layers(cache: LookMCache) -> list[int]:
 def refused_at_once(subject: Subject) -> None:
     """A model that is refused is refused by the forward that reads its prompt at the latest."""
     try:
-        generate(subject.model, subject.arguments(subject.rows), subject.cache(subject.rows, BUDGET), max_new_tokens=1)
+        row = subject.rows[:1]
+        generate(subject.model, subject.arguments(row), subject.cache(row, BUDGET), max_new_tokens=1)
     except (NotImplementedError, ValueError):
         return
     raise WrongError("refused, but not by the forward that reads the prompt")
