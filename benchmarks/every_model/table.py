@@ -34,8 +34,8 @@ def coverage() -> str:
     checks = "\n".join(f"- {name}: {meaning}" for name, meaning in record["checks"].items())
     return (
         f"Every entry of the mappings of transformers {record['transformers']} for models that read images or audio "
-        "and for causal language models, built from the default configuration with small sizes (what else is changed is in "
-        "[specs.py](benchmarks/every_model/specs.py)), random weights, and checked on a processor with torch "
+        "and for causal language models, built from the default configuration with small sizes (what else is changed "
+        "is in [specs.py](benchmarks/every_model/specs.py)), random weights, and checked on a processor with torch "
         f"{record['torch']} (`make families`). {_working(vision)} that read images or audio work, and {_working(text)} "
         f"causal language models:\n\n{checks}\n\n{_table(vision)}\n\n<details><summary>causal language models"
         f"</summary>\n\n{_table(text)}\n\n</details>\n\n{_exceptions(models)}"
