@@ -413,6 +413,10 @@ def test_a_broken_torchvision(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: torchvision is broken (operator torchvision::nms does not exist): install")
     assert len(done.stderr.splitlines()) == 1
+    code = [sys.executable, "-c", "from lookm import LookMCache"]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: torchvision is broken (operator torchvision::nms does")
 
 
 @contextmanager
