@@ -255,7 +255,16 @@ def test_a_bad_layout() -> None:
 
 @pytest.mark.parametrize(
     ("text", "budget"),
-    [("0.2", 0.2), ("300", 300), ("1.0", 1.0), ("20%", "20%"), ("512mb", "512mb"), ("1 token", "1 token")],
+    [
+        ("0.2", 0.2),
+        ("300", 300),
+        ("1.0", 1.0),
+        ("20%", 0.2),
+        ("100 %", 1.0),
+        ("1 token", 1),
+        ("512mb", "512mb"),
+        ("2MiB", "2MiB"),
+    ],
 )
 def test_budgets_as_typed(text: str, budget: object) -> None:
     assert json.dumps(read_budget(text)) == json.dumps(budget)
@@ -331,6 +340,16 @@ def test_sampling_is_seeded_and_differs_from_greedy(pictures: list[Path]) -> Non
     assert Sampling(temperature=0, top_k=5).arguments() == {"do_sample": False}
     assert Sampling(seed=1).arguments() == {"do_sample": False}
     assert Sampling(top_p=0.5).arguments() == {"do_sample": True, "top_p": 0.5}
+
+
+def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(generate_module, "answer", full)
+    assert complaint(*GENERATE, "--prompt", "Q") == "error: CUDA out of memory. Tried to allocate 2 GiB.\n"
+    monkeypatch.setattr(generate_module, "answer", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    assert isinstance(run(*GENERATE, "--prompt", "Q").exception, RuntimeError), "a defect keeps its traceback"
 
 
 def test_device_and_dtype() -> None:

@@ -128,7 +128,7 @@ def _compression_forced() -> Iterator[None]:
 
 
 def small_budget(subject: Subject) -> None:
-    """A quarter: the prompt's logits are DynamicCache's bits; each row keeps a quarter, rounded down, in every layer."""
+    """A quarter: the prompt's logits are DynamicCache's bits; a row keeps a quarter, rounded down, in every layer."""
     for rows in (subject.rows[:1], subject.rows):
         inputs = subject.arguments(rows)
         with transformers_alone():
@@ -154,7 +154,7 @@ def compressed_layers(cache: LookMCache) -> list[int]:
 def refused_at_once(subject: Subject) -> None:
     """A model that is refused is refused by the forward that reads its prompt at the latest."""
     try:
-        read(subject.model, subject.arguments(subject.rows), subject.cache(subject.rows, BUDGET))
+        generate(subject.model, subject.arguments(subject.rows), subject.cache(subject.rows, BUDGET), max_new_tokens=1)
     except (NotImplementedError, ValueError):
         return
     raise WrongError("refused, but not by the forward that reads the prompt")

@@ -204,11 +204,12 @@ class LookMLayer(DynamicLayer):
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         else:
-            # in the dtype that DynamicLayer gives values other than its keys: it changed in transformers 5.24
-            plain = DynamicLayer()
-            plain.lazy_initialization(key_states, value_states)
-            dtype = torch.promote_types(plain.values.dtype, value_states.dtype)
-            self.keys, self.values = key_states, value_states.to(dtype)
+            if value_states.dtype != key_states.dtype:
+                # as DynamicLayer holds them, which changed in transformers 5.24
+                plain = DynamicLayer()
+                plain.lazy_initialization(key_states, value_states)
+                value_states = value_states.to(torch.promote_types(plain.values.dtype, value_states.dtype))
+            self.keys, self.values = key_states, value_states
             self.device = key_states.device
             self.is_initialized = True
         self.seen += new
