@@ -61,3 +61,5 @@ def test_a_broken_torchvision_is_named_in_one_line() -> None:
     (line,) = done.stderr.splitlines()
     assert "torchvision" in line
     assert done.returncode == 2
+    with pytest.raises(ImportError, match="torchvision is broken"):
+        lookm.LookMCache  # noqa: B018  (imported now)

@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def test_lookm_uses_public_names_of_lookm_kernels_only(path: Path) -> None:
         "lookm",
         "lookm_kernels",
     }
+
+
+def test_arrows_point_one_way() -> None:
+    """No file of lookm imports one above it, not even for a type; graphlib raises where there is a circle."""
+    modules = {".".join(("lookm", *path.relative_to(LOOKM).with_suffix("").parts)): path for path in files(LOOKM)}
+    order = list(
+        TopologicalSorter({name: imports(path) & set(modules) for name, path in modules.items()}).static_order()
+    )
+    known = ["lookm.forward", "lookm.reading", "lookm.layer", "lookm.cache", "lookm.cli"]
+    assert sorted(known, key=order.index) == known
 
 
 def test_nothing_below_knows_the_command_line() -> None:

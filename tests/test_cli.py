@@ -255,7 +255,16 @@ def test_a_bad_layout() -> None:
 
 @pytest.mark.parametrize(
     ("text", "budget"),
-    [("0.2", 0.2), ("300", 300), ("1.0", 1.0), ("20%", "20%"), ("512mb", "512mb"), ("1 token", "1 token")],
+    [
+        ("0.2", 0.2),
+        ("300", 300),
+        ("1.0", 1.0),
+        ("20%", 0.2),
+        ("100 %", 1.0),
+        ("1 token", 1),
+        ("512mb", "512mb"),
+        ("2MiB", "2MiB"),
+    ],
 )
 def test_budgets_as_typed(text: str, budget: object) -> None:
     assert json.dumps(read_budget(text)) == json.dumps(budget)
@@ -333,6 +342,16 @@ def test_sampling_is_seeded_and_differs_from_greedy(pictures: list[Path]) -> Non
     assert Sampling(top_p=0.5).arguments() == {"do_sample": True, "top_p": 0.5}
 
 
+def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(generate_module, "answer", full)
+    assert complaint(*GENERATE, "--prompt", "Q") == "error: CUDA out of memory. Tried to allocate 2 GiB.\n"
+    monkeypatch.setattr(generate_module, "answer", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    assert isinstance(run(*GENERATE, "--prompt", "Q").exception, RuntimeError), "a defect keeps its traceback"
+
+
 def test_device_and_dtype() -> None:
     assert load_checkpoint(str(MODEL)).load_model("cpu", "bfloat16").dtype == torch.bfloat16
     assert "`device` 'tpu9' is not there" in complaint(*GENERATE, "--prompt", "Q", "--device", "tpu9")
@@ -394,6 +413,10 @@ def test_a_broken_torchvision(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: torchvision is broken (operator torchvision::nms does not exist): install")
     assert len(done.stderr.splitlines()) == 1
+    code = [sys.executable, "-c", "from lookm import LookMCache"]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: torchvision is broken (operator torchvision::nms does")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,15 @@ def test_the_picture_dims_what_was_evicted() -> None:
     top = TITLE + STEP
     light = [np.asarray(each)[top : top + 96, LABEL : LABEL + 96].mean() for each in (bright, dark)]
     assert light[1] == pytest.approx(DIM * light[0], rel=0.1)
+
+
+def test_no_table_is_cut_in_a_narrow_terminal() -> None:
+    name = "text_prior_weighted_merge"
+    cells = [Cell(name, budget, 88.0, 99.0, 77.0, 256, 880, 440, 2.0**20) for budget in (0.5, 0.2, 0.1)]
+    text = StringIO()
+    Console(file=text, width=50).print(show.policy_table(cells))
+    assert "…" not in text.getvalue()
+    assert name in "".join(word for line in text.getvalue().splitlines() for word in line.split()[:1])
 
 
 def test_the_command_writes_a_picture_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -185,15 +187,32 @@ def test_a_model_that_keeps_a_state_of_its_own_is_found_out():
         lookm.disable(model)
 
 
-def test_disable_gives_a_generate_of_ones_own_back(model):
+def test_a_generate_of_ones_own_stays(model):
     def own(**arguments):
         return "mine"
 
     model.generate = own
     lookm.enable(model, budget=0.3)
-    lookm.enable(model, budget=0.4)
+    assert model.generate is own
     lookm.disable(model)
-    assert model.generate() == "mine"
+    assert model.generate is own
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_model_is_freed_when_it_is_dropped(enabled: bool):
+    """Nothing that watches it keeps it in a circle."""
+    model = copy.deepcopy(LLAVA.model())
+    LookMCache(model)
+    if enabled:
+        lookm.enable(model, budget=0.3)
+        generate(model)
+    dropped = weakref.ref(model.get_input_embeddings().weight)
+    gc.disable()
+    try:
+        del model
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 DELEGATING = {"greedy": {}, "beam": {"num_beams": 3}, "sampling": {"do_sample": True, "num_return_sequences": 2}}
@@ -228,14 +247,22 @@ def test_generate_that_hands_embeddings_to_a_part_of_the_model(name: str, mode: 
     assert torch.equal(after, plain)
 
 
-def test_a_cache_passed_to_such_a_model_asks_for_the_image_mask():
+def test_a_cache_passed_to_such_a_model():
+    """It is told too, of this prompt alone; called directly, the part asks for the mask."""
     found = subject("blip-2")
     model, given = found.model, found.arguments(found.rows)
-    with pytest.raises(ValueError, match="image_mask="):
-        answered(model, given, past_key_values=LookMCache(model, 0.25))
-    image = given["input_ids"] == 120
-    _, cache = answered(model, given, past_key_values=LookMCache(model, 0.25, image_mask=image))
+    image, cache = given["input_ids"] == 120, LookMCache(found.model, 0.25)
+    first, _ = answered(model, given, past_key_values=cache)
     assert cache.report().layers[0].seen_image == int(image.sum())
+    cache.reset()
+    alone = found.arguments(found.rows[1:])
+    answered(model, alone, past_key_values=cache)
+    assert cache.report().layers[0].seen_image == int((alone["input_ids"] == 120).sum())
+    own, _ = answered(model, given, past_key_values=LookMCache(model, 0.25, image_mask=image))
+    assert torch.equal(own, first)
+    embeddings = {"inputs_embeds": model.get_input_embeddings()(given["input_ids"])}
+    with pytest.raises(ValueError, match="image_mask="):
+        model.language_model(**embeddings, past_key_values=LookMCache(model, 0.25))
 
 
 @pytest.mark.parametrize("name", ["Qwen2_5Omni", "Qwen3OmniMoe"])

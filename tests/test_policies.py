@@ -173,7 +173,7 @@ def test_layers_hold_what_the_authors_classes_hold(case: dict):
     budget = parse_budget(None, case["important_ratio"], case["recent_ratio"])
     layer = LookMLayer(Settings(policy, budget, "dense", 1), Forward(data["image_mask"][None]))
     keys, values = layer.update(data["k"].clone(), data["v"].clone())
-    layer.attend(lambda *_, **__: None, None, data["q"], keys, values, None)
+    layer.attend(lambda *_, **__: None, "sdpa", None, data["q"], keys, values, None)
     assert layer.stored == case["kept"]
     for difference in golden.differences(data, case, layer.keys, layer.values):
         assert difference.abs().max() <= 1e-5

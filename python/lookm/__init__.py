@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lookm import _requirements  # noqa: F401  (before anything that imports transformers)
+from lookm.errors import check_torchvision
 
 if TYPE_CHECKING:
     from lookm.cache import LookMCache
@@ -50,7 +51,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOME[name] == "lookm.policy":
         import_module("lookm.policies")  # which registers those that come with the package
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    try:
+        home = import_module(_HOME[name])
+    except ImportError:
+        check_torchvision()  # which transformers would blame on a class of its own
+        raise
+    value = globals()[name] = getattr(home, name)
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, cache_utils
+from transformers import GenerationMixin, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lookm import policies as _registers_the_policies  # noqa: F401
@@ -18,8 +17,16 @@ from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
 from lookm.layer import NO_ASSISTANT, NOT_INTERCEPTED, LookMLayer
 from lookm.masks import is_4d
-from lookm.modality import cache_argument, find_media, forward_arguments, generating, outermost
-from lookm.observe import install
+from lookm.modality import (
+    cache_argument,
+    find_media,
+    forward_arguments,
+    generating,
+    image_mask_of_part,
+    input_ids_of,
+    outermost,
+)
+from lookm.observe import install, over_generate
 from lookm.plan import Settings
 from lookm.policy import Policy, is_count, resolve_policy
 from lookm.report import Report, layer_report
@@ -287,18 +294,25 @@ def watch(model: nn.Module) -> None:
             module.register_forward_pre_hook(_before_forward, with_kwargs=True)
             module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
             module._lookm_watched = True
-            if hasattr(module, "generate"):
-                # a partial, which is copied and pickled along with its model
-                module.generate = functools.update_wrapper(
-                    functools.partial(_generate, module.generate), module.generate
-                )
+        if isinstance(module, GenerationMixin):
+            over_generate(type(module), _around_generate)
 
 
-def _generate(generate: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    cache, tokens = cache_argument(arguments), arguments.get("input_ids", args[0] if args else None)
-    if isinstance(cache, LookMCache) and isinstance(tokens, Tensor) and tokens.ndim == 2:
-        cache.check_continues(tokens, arguments.get("attention_mask"))
-    return generate(*args, **arguments)
+def _around_generate(
+    generate: Callable[..., Any], model: PreTrainedModel, args: tuple[Any, ...], arguments: dict[str, Any]
+) -> Any:
+    cache, tokens = cache_argument(arguments), input_ids_of(args, arguments)
+    if not isinstance(cache, LookMCache) or tokens is None:
+        return generate(*args, **arguments)
+    cache.check_continues(tokens, arguments.get("attention_mask"))
+    state = cache.forward_state
+    given = state.given_image_mask
+    if given is None and cache.get_seq_length() == 0:
+        state.given_image_mask = image_mask_of_part(model, arguments | {"input_ids": tokens})
+    try:
+        return generate(*args, **arguments)
+    finally:
+        state.given_image_mask = given
 
 
 def _before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

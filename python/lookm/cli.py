@@ -37,10 +37,14 @@ PolicyOption = Annotated[str, typer.Option(help="A name from `lookm policies`.")
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the user's mistakes into one clear line and exit code 2."""
+    """Turn the user's mistakes, and memory that does not suffice, into one clear line and exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        # torch is not imported here for the sake of one name
+        foreseen = isinstance(error, NotImplementedError) or type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not foreseen:
+            raise
         typer.echo(f"error: {reason(error)}", err=True)
         raise typer.Exit(2) from None
 

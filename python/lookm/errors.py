@@ -21,13 +21,13 @@ def reason(error: BaseException) -> str:
 
 
 def check_torchvision() -> None:
-    """ValueError where torchvision is installed but does not import: transformers then says anything but that."""
+    """ImportError where torchvision is installed but does not import: transformers then says anything but that."""
     if find_spec("torchvision") is None:
         return
     try:
         import_module("torchvision")
     except Exception as error:
         torch = version("torch")
-        raise ValueError(
+        raise ImportError(
             f"torchvision is broken ({reason(error)}): install the release that belongs to torch {torch}, or none"
         ) from error

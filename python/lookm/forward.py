@@ -111,6 +111,11 @@ class Forward:
             self.plain += [weakref.ref(mask)] if plain else []
             self.sound += [weakref.ref(mask)] if sound else []
 
+    @property
+    def unusual(self) -> bool:
+        """Whether this forward's masks hide more of what is stored than the future and padding."""
+        return self.restricted or self.hidden is not None
+
     def is_plain(self, mask: Any) -> bool:
         """Whether an attention call got a very mask that the overlay made, and that one is plain."""
         return any(made() is mask for made in self.plain)

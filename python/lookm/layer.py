@@ -185,7 +185,7 @@ class LookMLayer(DynamicLayer):
     def _places_of(self, tokens: Tensor) -> Tensor:
         """[B, H, stored] bool: the places that hold one of the tokens [B, <= seen] bool."""
         positions = self.kept_positions()
-        tokens = torch.nn.functional.pad(tokens, (0, self.seen - tokens.shape[1]))
+        tokens = torch.nn.functional.pad(tokens.to(positions.device), (0, self.seen - tokens.shape[1]))
         held = tokens[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
         return held & (positions >= 0)
 
@@ -204,16 +204,17 @@ class LookMLayer(DynamicLayer):
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
         else:
-            # in the dtype that DynamicLayer gives values other than its keys: it changed in transformers 5.24
-            plain = DynamicLayer()
-            plain.lazy_initialization(key_states, value_states)
-            dtype = torch.promote_types(plain.values.dtype, value_states.dtype)
-            self.keys, self.values = key_states, value_states.to(dtype)
+            if value_states.dtype != key_states.dtype:
+                # as DynamicLayer holds them, which changed in transformers 5.24
+                plain = DynamicLayer()
+                plain.lazy_initialization(key_states, value_states)
+                value_states = value_states.to(torch.promote_types(plain.values.dtype, value_states.dtype))
+            self.keys, self.values = key_states, value_states
             self.device = key_states.device
             self.is_initialized = True
         self.seen += new
         if not reading:
-            unusual = self.forward.hidden is not None or self.forward.restricted
+            unusual = self.forward.masks(self.seen - new, new) and self.forward.unusual
             return tag(self.keys, self.follow) if unusual else self.keys, self.values
         if self.compressed:
             self.compressed, self.segment_start = False, self.stored - new
@@ -276,6 +277,9 @@ class LookMLayer(DynamicLayer):
 
     def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
         """The mask of an attention call, made true for what this layer holds."""
+        queries = query.shape[2]
+        if not (self.forward.masks(self.seen - queries, queries) and self.forward.unusual):
+            return mask
         if not self.forward.is_sound(mask):
             raise NotImplementedError(MASKED_PAST)
         if self.forward.hidden is None:

@@ -116,6 +116,24 @@ def find_media(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor | No
     return types.to(torch.int8) if typed else None  # type: ignore[union-attr]
 
 
+def image_mask_of_part(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor | None:
+    """bool [B, N] for a generate that hands embeddings alone to a part of the model, which cannot tell images.
+
+    arguments: of generate, with input_ids. None where the part can tell, or there is none.
+    """
+    part = generating(model)[-1]
+    if part is model or media_token_ids(part.config) or arguments.get("inputs_embeds") is not None:
+        return None
+    media = find_media(model, arguments)
+    return None if media is None else media > 0
+
+
+def input_ids_of(args: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor | None:
+    """The ids [B, N] that generate was given, by name or first."""
+    given = arguments.get("input_ids", args[0] if args else None)
+    return given if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point() else None
+
+
 def _by_id(tokens: Tensor, ids: dict[int, int]) -> Tensor:
     media = torch.zeros_like(tokens, dtype=torch.int8)
     for token, medium in ids.items():

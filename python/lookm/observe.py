@@ -1,4 +1,4 @@
-"""The overlays: attention calls hand their query to the cache, and masks become true for what is stored.
+"""The overlays: attention calls hand their query to the cache, masks become true for what is stored, generate is seen.
 
 The backend's name stays: a wrapper takes the place of "sdpa", "flash_attention_2", ... in transformers' registries,
 runs the untouched backend, and does more only where the key carries the `attend` of a layer of a LookMCache, or the
@@ -73,6 +73,24 @@ def _install_eager() -> None:
 
     get_interface._lookm = True  # type: ignore[attr-defined]
     AttentionInterface.get_interface = get_interface
+
+
+def over_generate(model_class: type, around: Callable[..., Any]) -> None:
+    """Lay `around(generate, model, args, kwargs)` over the class's generate, once for good.
+
+    Over the class, as one on a model would keep the model alive in a circle; `around` lets other models pass.
+    """
+    home = next(parent for parent in model_class.__mro__ if "generate" in vars(parent))
+    generate = vars(home)["generate"]
+    if around in getattr(generate, "_lookm", ()):
+        return
+
+    @functools.wraps(generate)
+    def lookm_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(functools.partial(generate, self), self, args, kwargs)
+
+    lookm_generate._lookm = (*getattr(generate, "_lookm", ()), around)  # type: ignore[attr-defined]
+    home.generate = lookm_generate  # type: ignore[attr-defined]
 
 
 @functools.cache

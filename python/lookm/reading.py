@@ -80,7 +80,7 @@ class Reading:
             valid = self._visible_to_last(mask, implementation, queries) if own else self.valid
             shown, hidden = valid, self.forward.hidden_places
             if hidden is not None:
-                hidden = torch.nn.functional.pad(hidden, (0, self.stored - hidden.shape[1]))
+                hidden = torch.nn.functional.pad(hidden.to(self.keys.device), (0, self.stored - hidden.shape[1]))
                 shown = ~hidden if valid is None else valid & ~hidden
             bytes_per_token = self.column_bytes * self.settings.layers
             stored = Stored(self.image, self.stored, valid, shown, bytes_per_token)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lookm.cache import LookMCache
-from lookm.modality import cache_argument, find_media, forward_arguments, generating, media_token_ids, outermost
+from lookm.modality import cache_argument, forward_arguments, generating, image_mask_of_part, input_ids_of, outermost
+from lookm.observe import over_generate
 
 NOT_USED = (
     "lookm: enabled for this model, but generate ran without a LookMCache ({reason}), so nothing was compressed. Leave "
@@ -24,14 +25,16 @@ NOT_USED = (
 class Enabled:
     """What enable was told, and whether it takes effect.
 
-    forwards: those that ran on a LookMCache. image_mask: bool [B, tokens], what the running generate was given, where
-    it hands embeddings alone to a part of the model. handles: of the hooks.
+    forwards: those that ran on a LookMCache. handles: of the hooks.
+    image_mask: bool [B, tokens], of the running generate, where it hands embeddings alone to a part of the model.
+    cache: the one that the running generate made.
     """
 
     settings: tuple[Any, ...]
     options: dict[str, Any]
     forwards: int = 0
     image_mask: Tensor | None = None
+    cache: LookMCache | None = None
     handles: tuple[Any, ...] = ()
 
     def new_cache(self, model: PreTrainedModel) -> LookMCache:
@@ -61,28 +64,25 @@ def enable(model: nn.Module, *settings: Any, **options: Any) -> None:
         for part in generating(module)
     )
     module._lookm_enabled = enabled
-    if hasattr(module, "generate"):
-        generate = functools.partial(_generate, module, enabled, module.generate)
-        module.generate = functools.update_wrapper(generate, module.generate)
+    if isinstance(module, GenerationMixin):
+        over_generate(type(module), _around_generate)
 
 
-def _generate(
-    module: PreTrainedModel, enabled: Enabled, generate: Callable[..., Any], *args: Any, **arguments: Any
+def _around_generate(
+    generate: Callable[..., Any], module: PreTrainedModel, args: tuple[Any, ...], arguments: dict[str, Any]
 ) -> Any:
-    part, before = generating(module)[-1], enabled.forwards
-    tokens = arguments.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
-    # a part that is fed embeddings cannot tell which of them are images
-    if (
-        tokens is not None
-        and arguments.get("inputs_embeds") is None
-        and not (part is module or media_token_ids(part.config))
-    ):
-        media = find_media(module, arguments | {"input_ids": tokens})
-        enabled.image_mask = None if media is None else media > 0
+    enabled: Enabled | None = module.__dict__.get("_lookm_enabled")
+    if enabled is None:
+        return generate(*args, **arguments)
+    tokens, before = input_ids_of(args, arguments), enabled.forwards
+    if tokens is not None and "image_mask" not in enabled.options:
+        enabled.image_mask = image_mask_of_part(module, arguments | {"input_ids": tokens})
     try:
         result = generate(*args, **arguments)
     finally:
-        enabled.image_mask = None
+        if enabled.cache is not None and enabled.image_mask is not None:
+            enabled.cache.forward_state.given_image_mask = None  # of this prompt alone
+        enabled.cache = enabled.image_mask = None
     if enabled.forwards == before:
         passed = cache_argument(arguments)
         without = "it was called with use_cache=False" if arguments.get("use_cache") is False else None
@@ -107,7 +107,7 @@ def _convert(enabled: Enabled, module: Any, args: tuple[Any, ...], kwargs: dict[
     # in place: generate, or its caller, keeps this very object for the next forward
     cache.__class__ = LookMCache
     cache.__dict__.update(enabled.new_cache(module).__dict__)
-    enabled.forwards += 1
+    enabled.cache, enabled.forwards = cast(LookMCache, cache), enabled.forwards + 1
 
 
 def disable(model: nn.Module) -> None:
@@ -118,7 +118,3 @@ def disable(model: nn.Module) -> None:
         return
     for handle in enabled.handles:
         handle.remove()
-    if isinstance(module.__dict__.get("generate"), functools.partial):
-        wrapped = module.__dict__.pop("generate").args[2]
-        if getattr(wrapped, "__self__", None) is not module:
-            module.generate = wrapped

@@ -15,7 +15,7 @@ WORDS = {"true": True, "false": False, "none": None}
 
 
 def read_budget(text: str) -> float | int | str:
-    """Digits are tokens, a number with a point is a fraction, anything else what LookMCache takes as text.
+    """Digits are tokens, a number with a point is a fraction, percent and words likewise; the text itself for bytes.
 
     ValueError for what it would not take, and for a bare 1, which people type for one token and for everything.
     """
@@ -28,8 +28,9 @@ def read_budget(text: str) -> float | int | str:
             continue
         parse_budget(value)
         return value
-    parse_budget(text)
-    return text
+    budget = parse_budget(text)
+    number = budget.tokens if budget.fraction is None else budget.fraction
+    return text if number is None else number
 
 
 def read_policy(text: str, options: Sequence[str] = ()) -> Policy:
