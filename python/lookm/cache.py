@@ -82,8 +82,8 @@ class LookMCache(DynamicCache):
         prompt_length: number of tokens of a prompt that comes in several forwards (chunked prefill), padding included.
         later_turns: what becomes of further prompts: "dense" (default) keeps them whole, "segment" compresses each
             on its own, with its own budget.
-        image_mask: bool [B, tokens], image and video tokens, where the model's inputs cannot tell (features merged into
-            inputs_embeds beforehand, or an inner model called directly).
+        image_mask: bool [B, tokens], image, video and audio tokens, where the model's inputs cannot tell (features
+            merged into inputs_embeds beforehand, or an inner model called directly); the report calls them images.
         important, recent: two fractions instead of `budget`, each rounded down, as in the authors' code.
         options: fields of the policy to change: rule, gate, sinks, recent_share, text_prior, protect_text, queries, ...
             (see lookm.Policy)

@@ -169,7 +169,7 @@ class LookMLayer(DynamicLayer):
     def _hide(self, hidden: Tensor) -> Tensor | None:
         """The stored places that stay visible where tokens hidden [B, seen] are not: [B, stored] bool.
 
-        Tokens of a prompt some of which was evicted stand at other places in every head: see attend.
+        Tokens of a prompt some of which was evicted stand at other places in every head: see _follow.
         """
         if not self.compressed:
             raise ValueError(HIDES_CHUNK)
