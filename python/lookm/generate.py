@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from transformers import (
 from lookm.cache import LookMCache, check_config
 from lookm.errors import reason
 from lookm.media import Video
+from lookm.modality import cache_keyword
 from lookm.report import Report
 
 CONFIG = "config.json"
@@ -231,11 +231,9 @@ def answer(
 ) -> Answer:
     """Generate on a LookMCache; inputs as build_inputs or next_turn makes them, generate: further arguments of it."""
     inputs = inputs.to(model.device)
-    # past_key_values before transformers 5.24, and a deprecated name from there on
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     start = time.perf_counter()
     sequences = model.generate(
-        **inputs, **{name: cache}, max_new_tokens=max_new_tokens, **sampling.arguments(), **generate
+        **inputs, **{cache_keyword(model): cache}, max_new_tokens=max_new_tokens, **sampling.arguments(), **generate
     )
     seconds = time.perf_counter() - start
     new = sequences[0, inputs["input_ids"].shape[1] :]
