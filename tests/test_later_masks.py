@@ -136,6 +136,23 @@ def test_a_mask_that_shows_them_again():
     assert torch.equal(ask(held, EVERYTHING), ask(other, EVERYTHING))
 
 
+def test_hidden_for_one_step_of_decoding():
+    """A step that is cropped, and then read again under another mask, forgets the first mask."""
+    held = cache(0.6, policy="h2o")
+    begin(held)
+    other, step = copy.deepcopy(held), {"input_ids": tokens(1, 4), "past_key_values": held}
+    model, everything = LLAVA.model("sdpa"), torch.nn.functional.pad(EVERYTHING, (0, 1), value=1)
+    less = everything.clone()
+    less[0, held.kept_positions(0)[0, 0, 0]] = 0
+    with torch.no_grad():
+        hidden = model(**step, attention_mask=less).logits
+        held.crop(-1)
+        again = model(**step, attention_mask=everything).logits
+        fresh = model(**step | {"past_key_values": other}, attention_mask=everything).logits
+    assert torch.equal(again, fresh)
+    assert not torch.equal(hidden, fresh)
+
+
 def test_what_was_merged_cannot_be_hidden():
     with pytest.raises(ValueError, match=r"`attention_mask` hides tokens of the compressed prompt.*rule='none'"):
         chat(cache(0.4), shown(hidden=[3]))

@@ -165,6 +165,7 @@ class LookMCache(DynamicCache):
         for own in own_masks:
             if layer.stored < layer.seen and own.shape[-1] != layer.stored + queries:
                 raise ValueError(OWN_MASK.format(stored=layer.stored, queries=queries, got=list(own.shape)))
+        state.masked = None  # after a crop or a failed forward, this one may begin at the same token
         if layer.compressed and queries == 1:
             return
         declared = state.prompt_length
