@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from inputs import OPS, arguments, public, random
+from inputs import INTERPRETED, OPS, arguments, public, random
 from torch import Tensor
 
 import lookm_kernels
@@ -64,7 +64,8 @@ def gpu_with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("dtype", "width", "backend"),
     [
-        (torch.bfloat16, 128, "triton"),
+        # which the interpreter computes wrongly
+        (torch.bfloat16, 128, "reference" if INTERPRETED else "triton"),
         (torch.float32, 512, "triton"),
         (torch.float32, 513, "reference"),
         (torch.float64, 128, "reference"),

@@ -247,6 +247,31 @@ def test_generate_that_hands_embeddings_to_a_part_of_the_model(name: str, mode: 
     assert torch.equal(after, plain)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_watched_model_can_be_pickled(enabled: bool):
+    # a new one: transformers' hooks for output_attentions, once installed, cannot be pickled
+    model = transformers.LlavaForConditionalGeneration(LLAVA.config()).eval()
+    cache = LookMCache(model, budget=0.3)
+    if enabled:
+        lookm.enable(model, budget=0.3)
+    loaded = pickle.loads(pickle.dumps(model))
+    expected = generate(model, past_key_values=cache)
+    passed = {} if enabled else {"past_key_values": LookMCache(loaded, budget=0.3)}
+    found = generate(loaded, **passed)
+    assert type(found[2]) is LookMCache
+    assert same(found, expected)
+
+
+def test_pixels_first_and_no_ids():
+    """BLIP-2 writes the placeholders itself; the part then cannot tell, and says so."""
+    found = subject("blip-2")
+    model = copy.deepcopy(found.model)
+    model.config.text_config.bos_token_id = 3
+    lookm.enable(model, budget=0.3)
+    with pytest.raises(ValueError, match=r"no image placeholder is recognisable.*image_mask="):
+        model.generate(found.arguments(found.rows[:1])["pixel_values"], max_new_tokens=2)
+
+
 def test_a_cache_passed_to_such_a_model():
     """It is told too, of this prompt alone; called directly, the part asks for the mask."""
     found = subject("blip-2")

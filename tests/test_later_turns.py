@@ -185,6 +185,40 @@ def test_another_prompt_without_a_reset(layout: tuple, later_turns: str | None):
     assert torch.equal(generate(cache, other, other), fresh)
 
 
+def test_another_prompt_by_the_name_inputs():
+    cache, model = LookMCache(LLAVA.model(), 0.3), LLAVA.model()
+    generate(cache, [LLAVA.prompt((20,))], [])
+    other = torch.tensor([LLAVA.prompt((40,), 5).ids])
+    with pytest.raises(ValueError, match="another one in row 0, column 0"):
+        model.generate(inputs=other, past_key_values=cache, max_new_tokens=2)
+
+
+def test_an_answer_that_is_padded_anew_is_the_same_conversation():
+    """A row that ended early is filled with another token than it was generated with, under a mask that hides it."""
+    cache, prompts_ = LookMCache(LLAVA.model(), 0.3), [LLAVA.prompt((9,)), LLAVA.prompt((9,), 1)]
+    sequences = generate(cache, prompts_, [], 5)
+    mask = torch.ones_like(sequences)
+    mask[1, -3:] = 0
+    asked = torch.cat([sequences.masked_fill(mask == 0, 77), torch.tensor([[7, 8], [7, 8]])], 1)
+    mask = torch.nn.functional.pad(mask, (0, 2), value=1)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    LLAVA.model().generate(input_ids=asked, attention_mask=mask, past_key_values=cache, **options)
+    assert cache.get_seq_length() == asked.shape[1] + 1
+
+
+@torch.no_grad()
+def test_tokens_fed_through_one_buffer():
+    """What was read is remembered as it was then."""
+    cache, model = LookMCache(LLAVA.model(), 0.3), LLAVA.model()
+    ids = torch.tensor([LLAVA.prompt((12,)).ids])
+    model(input_ids=ids, past_key_values=cache)
+    buffer, fed = torch.empty(1, 1, dtype=torch.long), [5, 50, 7]
+    for token in fed:
+        model(input_ids=buffer.fill_(token), past_key_values=cache)
+    whole = torch.cat([ids, torch.tensor([[*fed, 9]])], 1)
+    model.generate(input_ids=whole, past_key_values=cache, max_new_tokens=2)
+
+
 def test_the_next_turn_is_no_other_prompt():
     """Whole, or its new tokens alone under a mask over all of them; after a crop too."""
     prompt, cache = LLAVA.prompt((9, IMAGE, 12)), cache_for("dense")

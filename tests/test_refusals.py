@@ -289,6 +289,30 @@ def test_a_forward_that_stops_half_way():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_a_forward_that_stops_before_the_first_full_layer(name: str):
+    """Layers of other kinds have read it: sliding ones count their tokens, linear ones do not say."""
+    family = FAMILIES[name]
+    if not family.dynamic:
+        pytest.skip(f"transformers {transformers.__version__} has no DynamicCache for {name}")
+    model, inputs = copy.deepcopy(family.model()), family.inputs([family.prompt((20,))])
+    cache = LookMCache(model, budget=0.3)
+
+    def fail(*_):
+        raise KeyError("half-way")
+
+    handle = model.model.language_model.layers[0].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="half-way"):
+        model(**inputs, past_key_values=cache)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"did not come to its end.*cache.reset\(\)"):
+        model(**inputs, past_key_values=cache)
+    cache.reset()
+    expected = model(**inputs, past_key_values=LookMCache(model, budget=0.3)).logits
+    assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
 def test_a_forward_that_fails_before_it_reads_leaves_the_cache_as_it_was():
     model = QWEN.model()
     cache = LookMCache(model, budget=0.3)

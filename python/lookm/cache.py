@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, cache_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from lookm import policies as _registers_the_policies  # noqa: F401
 from lookm.budget import Budget, parse_budget
@@ -25,6 +25,7 @@ from lookm.modality import (
     image_mask_of_part,
     input_ids_of,
     outermost,
+    tokens_of,
 )
 from lookm.observe import install, over_generate
 from lookm.plan import Settings
@@ -41,16 +42,16 @@ MORE_PROMPT = (
     "'segment' to silence this. If they are another prompt, call cache.reset() before it: this cache holds the first."
 )
 ANOTHER_PROMPT = (
-    "`input_ids` must begin with the {seen} tokens that this cache has read, and go on; got other ones, or no more, in "
-    "{given}. Before another prompt, call cache.reset(); for the next turn, pass the whole conversation"
+    "`input_ids` must begin with the {seen} tokens that this cache has read, and go on; got {got}. Before another "
+    "prompt, call cache.reset(); for the next turn, pass the whole conversation"
 )
 INTERRUPTED = (
-    "lookm: an earlier forward on this cache did not come to its end, and some layers hold more tokens than others: "
-    "call cache.reset() and read the prompt again"
+    "lookm: an earlier forward on this cache did not come to its end, and some layers may hold more tokens than "
+    "others: call cache.reset() and read the prompt again"
 )
 NOT_STORED = (
     "lookm: {model} read {tokens} tokens and stored none of them in the LookMCache it was given: not supported, or it "
-    "was called with use_cache=False in training"
+    "was called in training with gradient checkpointing, which uses no cache"
 )
 NOT_REACHED = (
     "`prompt_length` is {declared}, but decoding starts after {seen} tokens: declare how many tokens the prompt has, "
@@ -80,6 +81,7 @@ class LookMCache(DynamicCache):
             (int), or bytes for the whole cache ("512MiB"). A prompt that fits is left as it is.
         policy: a registered name (lookm.POLICIES; "lookm" by default) or a lookm.Policy.
         prompt_length: number of tokens of a prompt that comes in several forwards (chunked prefill), padding included.
+            A forward of one token before that, after longer ones, is taken for decoding and refused.
         later_turns: what becomes of further prompts: "dense" (default) keeps them whole, "segment" compresses each
             on its own, with its own budget.
         image_mask: bool [B, tokens], image, video and audio tokens, where the model's inputs cannot tell (features
@@ -151,12 +153,11 @@ class LookMCache(DynamicCache):
         state, layer = self.forward_state, self._first
         if state.model not in (None, id(model)):
             return  # a model inside the one that was called
-        if not state.complete and len({layer.seen for layer in self._compressible}) > 1:
+        if not (state.complete or self._even()):
             raise RuntimeError(INTERRUPTED)
-        state.model, state.complete, state.begun_at = id(model), False, layer.seen
-        tokens = arguments.get("input_ids")
-        state.note_tokens(layer.seen, tokens)
-        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        state.model, state.begun_at = id(model), layer.seen
+        state.note_tokens(layer.seen, arguments.get("input_ids"))
+        tokens = tokens_of(arguments)
         if tokens is None:
             return
         queries = tokens.shape[1]
@@ -181,7 +182,8 @@ class LookMCache(DynamicCache):
         install(attention_implementation(model))
         given = state.given_image_mask
         known = given is not None and layer.seen < given.shape[1]
-        state.begin(layer.seen, queries, None if known else find_media(model, arguments), own_mask=bool(own_masks))
+        own_mask = isinstance(mask, dict) or bool(own_masks)
+        state.begin(layer.seen, queries, None if known else find_media(model, arguments), own_mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end_forward(self, model: PreTrainedModel, arguments: dict[str, Any], finished: bool) -> None:
@@ -194,8 +196,7 @@ class LookMCache(DynamicCache):
             return
         if any(layer.pending for layer in self._compressible):
             raise NotImplementedError(NOT_INTERCEPTED)
-        tokens = arguments.get("input_ids")
-        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        tokens = tokens_of(arguments)
         if tokens is not None and all(layer.seen == state.begun_at for layer in self._compressible):
             raise NotImplementedError(NOT_STORED.format(model=type(model).__name__, tokens=tokens.shape[1]))
         state.complete = True
@@ -210,11 +211,23 @@ class LookMCache(DynamicCache):
         if seen == 0 or (attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]):
             return
         read = self.forward_state.tokens_read(seen)
-        length = min(seen, input_ids.shape[1])
-        known = read is not None and read.shape[0] == input_ids.shape[0]
-        same = read is None or not known or torch.equal(read[:, :length].to(input_ids.device), input_ids[:, :length])
-        if not same or input_ids.shape[1] <= seen:
-            raise ValueError(ANOTHER_PROMPT.format(seen=seen, given=list(input_ids.shape)))
+        if input_ids.shape[1] <= seen:
+            raise ValueError(ANOTHER_PROMPT.format(seen=seen, got=f"{input_ids.shape[1]} tokens"))
+        if read is None or read.shape[0] != input_ids.shape[0]:
+            return
+        differs = read.to(input_ids.device) != input_ids[:, :seen]
+        if attention_mask is not None:  # an answer that ended early is padded anew
+            differs &= attention_mask[:, :seen].to(input_ids.device).bool()
+        if bool(differs.any()):
+            row, column = differs.nonzero()[0].tolist()
+            raise ValueError(ANOTHER_PROMPT.format(seen=seen, got=f"another one in row {row}, column {column}"))
+
+    def _even(self) -> bool:
+        """Whether all layers are known to hold as many tokens; the state of a linear layer does not say."""
+        if any(not isinstance(layer, CacheLayerMixin) for layer in self.layers):
+            return False
+        counted = [layer for layer in self.layers if isinstance(layer, LookMLayer) or layer.is_sliding]
+        return len({layer.get_seq_length() for layer in counted}) == 1
 
     @property
     def _compressible(self) -> list[LookMLayer]:
@@ -242,6 +255,14 @@ class LookMCache(DynamicCache):
             # layers of other kinds first: they may refuse
             for layer in sorted(self.layers, key=lambda layer: isinstance(layer, LookMLayer)):
                 layer.crop(-removed)
+
+    def reset(self) -> None:
+        """Forget everything that was read, for another prompt."""
+        for layer in self.layers:
+            layer.reset()
+            if isinstance(layer, DynamicLayer):
+                # older releases set what other layers hold to zero, and keep it
+                layer.keys, layer.values, layer.is_initialized = None, None, False
 
     def report(self) -> Report:
         """What was seen, kept and evicted, by layer and in total; print it, or take report().to_dict()."""
@@ -321,6 +342,7 @@ def _before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
     cache = cache_argument(arguments)
     if isinstance(cache, LookMCache):
         cache.begin_forward(module, arguments)
+        cache.forward_state.complete = False
 
 
 def _after_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

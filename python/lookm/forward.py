@@ -88,7 +88,8 @@ class Forward:
         if ids is None or not known or (self.tokens and self.tokens[0].shape[0] != ids.shape[0]):
             self.tokens = None
         elif self.tokens is not None:
-            self.tokens.append(ids)
+            # a copy: the caller may use its tensor again; in few parts
+            self.tokens = [torch.cat([*self.tokens, ids], 1)] if len(self.tokens) > 99 else [*self.tokens, ids.clone()]
             self.token_count = seen + ids.shape[1]
 
     def tokens_read(self, seen: int) -> Tensor | None:

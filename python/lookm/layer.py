@@ -125,7 +125,7 @@ class LookMLayer(DynamicLayer):
         """
         given: Tensor | None = arguments.get("attention_mask")
         batch, queries = arguments["batch_size"], arguments["q_length"]
-        visible_places, new = self._read_mask(given, queries)
+        visible_places, new = self._note_mask(given, queries)
         if self.compressed:
             unmasked = visible_places is None and new is None
             offset = self.seen - self.stored
@@ -139,7 +139,7 @@ class LookMLayer(DynamicLayer):
         self.forward.note(mask, plain, sound)
         return mask
 
-    def _read_mask(self, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
+    def _note_mask(self, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
         """Which stored places and which of the new tokens a 2D mask shows: [B, stored] and [B, q] bool, None for all.
 
         mask: [B, tokens] bool over all tokens seen and the queries, or None, which hides nothing but padding.

@@ -129,9 +129,15 @@ def image_mask_of_part(model: PreTrainedModel, arguments: dict[str, Any]) -> Ten
 
 
 def input_ids_of(args: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor | None:
-    """The ids [B, N] that generate was given, by name or first."""
-    given = arguments.get("input_ids", args[0] if args else None)
+    """The ids [B, N] that generate was given, by name (`inputs` is another one of them) or first."""
+    given = arguments.get("input_ids", arguments.get("inputs", args[0] if args else None))
     return given if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point() else None
+
+
+def tokens_of(arguments: dict[str, Any]) -> Tensor | None:
+    """What a forward reads: ids [B, q], else embeddings [B, q, D]."""
+    ids: Tensor | None = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
 
 
 def _by_id(tokens: Tensor, ids: dict[int, int]) -> Tensor:
