@@ -22,8 +22,8 @@ def compact_(
     rows afterwards.
 
     Args:
-        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, modified without outs; they may
-            differ in dtype.
+        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, modified without outs; they
+            may differ in dtype.
         kept: [B, H, K] int32, ascending, empty places (-1) first, as select_tokens gives it.
         out_key, out_value: see merge_.
 

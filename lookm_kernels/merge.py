@@ -47,8 +47,8 @@ def merge_(
     where kept[c] is -1, bit for bit what merge_ and compact_ leave in place.
 
     Args:
-        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, modified without outs; they may
-            differ in dtype, as under torch.autocast.
+        key, value: [B, H, N, D] and [B, H, N, Dv] float16, bfloat16, float32 or float64, modified without outs; they
+            may differ in dtype, as under torch.autocast.
         kept, evicted: [B, H, K] and [B, H, E] int32 as select_tokens gives them; -1 marks an empty place.
         pivot: [B, H, E] int32, places in `kept` as nearest_kept gives them; -1 merges nowhere.
         evicted_weight, kept_weight: [B, H, E] and [B, H, K] float32 (float64 for float64 keys); see
