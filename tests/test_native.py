@@ -209,14 +209,14 @@ def test_a_failing_merge_names_its_shapes(csrc: Emulator) -> None:
     csrc.configure(error=1)
     message = r"merge \(B=1 H=2 N=9 K=3 D=8 of 4 bytes Dv=8 of 2 bytes E=4\): invalid argument"
     with pytest.raises(RuntimeError, match=message):
-        csrc.module.merge(key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
+        csrc.module.merge(key, value, key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
 
 
 def test_an_unknown_dtype_is_refused(csrc: Emulator) -> None:
     known, unknown = ((0, (0, 0, 0), 8, tag) for tag in (0, 3))
     for rows in ((known, unknown), (unknown, known)):
         with pytest.raises(ValueError, match="`dtype` must be 0, 1 or 2, got 3"):
-            csrc.module.compact(*rows, 0, 1, 1, 9, 3, 0)
+            csrc.module.compact(*rows, *rows, 0, 1, 1, 9, 3, 0)
 
 
 def test_the_backend_is_there_with_its_ops_only(csrc: Emulator) -> None:
@@ -239,10 +239,12 @@ def test_the_launchers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
     key, value = (torch.empty(2, 8, 4096, width, dtype=torch.bfloat16, device="meta") for width in (128, 80))
     tier = torch.empty(2, 4096, dtype=torch.int32, device="meta")
     kept, evicted = select.select_tokens(torch.empty(2, 8, 4096, device="meta"), tier, [800, 500])
-    weights = (torch.empty(indices.shape, device="meta") for indices in (evicted, kept))
-    merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights)
-    compact.compact_(key, value, kept)
-    assert calls == ["select", "merge_workspace", "merge", "compact"]
+    weights = [torch.empty(indices.shape, device="meta") for indices in (evicted, kept)]
+    for outs in ((), (key[:, :, :800], value[:, :, :800])):
+        calls.clear()
+        merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights, *outs)
+        compact.compact_(key, value, kept, *outs)
+        assert calls == ["merge_workspace", "merge", "compact"]
     assert kept.shape == (2, 8, 800)
     assert evicted.shape == (2, 8, 4096 - 500)
 
