@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from emulator import SHARED_MEMORY, Emulator
-from inputs import LAYOUTS, arguments, call, laid_out, random, same_bits, tiers
+from inputs import LAYOUTS, arguments, call, laid_out, new_outs, random, same_bits, tiers
 from torch import Tensor
 
 from lookm_kernels import _native, compact_, merge_, nearest_kept, select_tokens, use_backend
@@ -19,7 +19,7 @@ from lookm_kernels._dispatch import why_missing
 from lookm_kernels.cuda import compact, merge, select
 
 SEEDS = range(6)
-OPS = ("select_tokens", "merge_", "compact_")
+OPS = ("select_tokens", "merge_", "compact_", "merge_.out", "compact_.out")
 KIBI = 1024
 
 
@@ -88,7 +88,9 @@ def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype, v
         "evicted_weight": random(2, 1, 2, evicted_size).abs() / 100,
         "kept_weight": random(3, 1, 2, kept_size),
     }
-    check_all_orders(csrc, "merge_", given, max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps))
+    tolerance = max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps)
+    check_all_orders(csrc, "merge_", given, tolerance)
+    check_all_orders(csrc, "merge_.out", given | new_outs(given, kept_size), tolerance)
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
@@ -104,6 +106,7 @@ def test_compaction_in_any_order(csrc: Emulator, empty: int, layout: str, value_
         "kept": kept.expand(1, 2, -1),
     }
     check_all_orders(csrc, "compact_", given)
+    check_all_orders(csrc, "compact_.out", given | new_outs(given, len(kept)))
 
 
 def test_a_row_fits_shared_memory_or_not(csrc: Emulator) -> None:
@@ -240,6 +243,7 @@ def test_the_launchers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
     tier = torch.empty(2, 4096, dtype=torch.int32, device="meta")
     kept, evicted = select.select_tokens(torch.empty(2, 8, 4096, device="meta"), tier, [800, 500])
     weights = [torch.empty(indices.shape, device="meta") for indices in (evicted, kept)]
+    assert calls == ["select"]
     for outs in ((), (key[:, :, :800], value[:, :, :800])):
         calls.clear()
         merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights, *outs)
