@@ -199,7 +199,9 @@ SPECS = {
     "deepseek_vl_hybrid": Spec({"high_res_vision_config.global_attn_indexes": [0, 1]}, two_resolutions),
     "blip": Spec(image=SQUARE),
     "git": Spec(image=SQUARE),
-    "kosmos-2": Spec({"latent_query_num": 16}, SQUARE, placeholder=IMAGE_ID, types=("image_embeds_position_mask",)),
+    "kosmos-2": Spec(
+        {"latent_query_num": 16}, SQUARE, placeholder=IMAGE_ID, types=("image_embeds_position_mask",)
+    ),
     "kosmos-2.5": Spec(
         {
             "latent_query_num": 16,
@@ -283,7 +285,9 @@ SPECS = {
     ),
     "cohere_compass": _qwen({"sliding_attention": MROPE, "full_attention": MROPE}),
     "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]]}),
-    "paddleocr_vl": Spec({"text_config.rope_parameters": MROPE, "vision_config.patch_size": 4}, flat_patches(3, 4, 4)),
+    "paddleocr_vl": Spec(
+        {"text_config.rope_parameters": MROPE, "vision_config.patch_size": 4}, flat_patches(3, 4, 4)
+    ),
     "florence2": Spec(
         {
             "vision_config.patch_size": (7, 3),
@@ -318,7 +322,9 @@ SPECS = {
         }
     ),
     "dots3_note_text": Spec(DOTS),
-    "muse_glimmer": Spec({"projector_hidden_size": 16, "out_hidden_size": 64, "vision_config.patch_size": 4}, patches),
+    "muse_glimmer": Spec(
+        {"projector_hidden_size": 16, "out_hidden_size": 64, "vision_config.patch_size": 4}, patches
+    ),
     "muse_spark": Spec(
         {
             "projector_hidden_size": 16,
@@ -339,12 +345,7 @@ SPECS = {
     ),
     "deepseek_ocr2": Spec({"text_config.mlp_layer_types": ["dense"] * 4}),
     "fast_vlm": Spec({"vision_config": CLIP}),
-    "gemma3n": Spec(
-        {
-            "vision_config": transformers.CLIPVisionConfig(**CLIP),
-            **{f"text_config.{name}": value for name, value in GEMMA3N.items()},
-        }
-    ),
+    "gemma3n": Spec({"vision_config": transformers.CLIPVisionConfig(**CLIP), **{f"text_config.{name}": value for name, value in GEMMA3N.items()}}),
     "gemma3n_text": Spec(GEMMA3N),
     "perception_lm": Spec({"vision_config": CLIP | {"model_args": {"embed_dim": 16}}}, ONE_TILE),
     "inkling2": Spec({"vision_config.text_hidden_size": 32}),
@@ -358,9 +359,7 @@ SPECS = {
             "vq_config.num_embeddings": 64,
         }
     ),
-    "granite4_vision": Spec(
-        {"deepstack_layer_map": [[-1, 0]], "vision_config.hidden_size": 64, "downsample_rate": "1/2"}
-    ),
+    "granite4_vision": Spec({"deepstack_layer_map": [[-1, 0]], "vision_config.hidden_size": 64, "downsample_rate": "1/2"}),
     "nemotron_h_omni": Spec({"vision_config.video_temporal_patch_size": 2}),
     "fun_asr_nano": Spec({"adaptor_config.hidden_size": 32, "adaptor_config.intermediate_size": 8}),
     "kyutai_speech_to_text": Spec({"audio_pad_token_id": 124, "audio_bos_token_id": 125, "codebook_vocab_size": 127}),

@@ -64,14 +64,21 @@ def _tile_kernel(
 
 
 @triton.jit
+def _copy_row(x_ptr, stride_n, out_ptr, token, D, BLOCK_D: tl.constexpr):
+    """The row of a token as it is, zeros for no token (-1)."""
+    d = tl.arange(0, BLOCK_D)
+    own = tl.load(x_ptr + token * stride_n + d, mask=d < tl.where(token >= 0, D, 0), other=0.0)
+    tl.store(out_ptr + d, own, mask=d < D)
+
+
+@triton.jit
 def _merge_row(
-    x_ptr, stride_n, out_ptr, tiles_ptr, stride_tile, order_ptr, evicted_ptr, weight_ptr, token, own_weight, changes,
-    begin, end, D, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, stride_n, out_ptr, tiles_ptr, stride_tile, order_ptr, evicted_ptr, weight_ptr, token, own_weight, begin, end,
+    D, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     first_tile, last_tile = tl.cdiv(begin, TILE), end // TILE
-    own = tl.load(x_ptr + token * stride_n + d, mask=d < tl.where(token >= 0, D, 0), other=0.0)
-    total = own_weight * own.to(tl.float32)
+    total = own_weight * tl.load(x_ptr + token * stride_n + d, mask=d < D, other=0.0).to(tl.float32)
     # tokens before the first whole tile, the whole tiles, the tokens after the last
     head_end = tl.minimum(end, first_tile * TILE)
     total += _weighted_sum(x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, begin, head_end, D, BLOCK_E, BLOCK_D)
@@ -81,7 +88,7 @@ def _merge_row(
         total += tl.sum(tl.load(tiles_ptr + place, mask=(tile < last_tile)[:, None] & (d < D)[None, :], other=0.0), 0)
     tail = tl.maximum(head_end, last_tile * TILE)
     total += _weighted_sum(x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, tail, end, D, BLOCK_E, BLOCK_D)
-    tl.store(out_ptr + d, tl.where(changes, total.to(own.dtype), own), mask=d < D)
+    tl.store(out_ptr + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -96,25 +103,29 @@ def _merge_kernel(
     begin = tl.load(starts_ptr + pid * (KEPT + 1) + c)
     end = tl.load(starts_ptr + pid * (KEPT + 1) + c + 1)
     own_weight = tl.load(kept_weight_ptr + pid * KEPT + c)
-    # not an empty place, nor one of which nothing changes: that keeps its bits
-    changes = (token >= 0) & ((begin < end) | (own_weight != 1))
-    if (changes == 0) & IN_PLACE:
-        return
     row = token if IN_PLACE else c.to(tl.int64)
+    key_ptr += pid // HEADS * stride_kb + pid % HEADS * stride_kh
+    value_ptr += pid // HEADS * stride_vb + pid % HEADS * stride_vh
+    out_key_ptr += pid // HEADS * stride_okb + pid % HEADS * stride_okh + row * stride_okn
+    out_value_ptr += pid // HEADS * stride_ovb + pid % HEADS * stride_ovh + row * stride_ovn
+    # an empty place, or nothing to change: the row keeps its bits
+    if (token < 0) | ((begin == end) & (own_weight == 1)):
+        if not IN_PLACE:
+            _copy_row(key_ptr, stride_kn, out_key_ptr, token, DK, BLOCK_DK)
+            _copy_row(value_ptr, stride_vn, out_value_ptr, token, DV, BLOCK_DV)
+        return
     order_ptr += pid * EVICTED
     evicted_ptr += pid * EVICTED
     weight_ptr += pid * EVICTED
     tiles_ptr += pid * TILES * (DK + DV)
-    out_key_ptr += pid // HEADS * stride_okb + pid % HEADS * stride_okh + row * stride_okn
-    out_value_ptr += pid // HEADS * stride_ovb + pid % HEADS * stride_ovh + row * stride_ovn
+    # values first: in the other order ptxas spills a register on an RTX GPU
     _merge_row(
-        key_ptr + pid // HEADS * stride_kb + pid % HEADS * stride_kh, stride_kn, out_key_ptr, tiles_ptr, DK + DV,
-        order_ptr, evicted_ptr, weight_ptr, token, own_weight, changes, begin, end, DK, TILE, BLOCK_E, BLOCK_DK,
+        value_ptr, stride_vn, out_value_ptr, tiles_ptr + DK, DK + DV, order_ptr, evicted_ptr, weight_ptr, token,
+        own_weight, begin, end, DV, TILE, BLOCK_E, BLOCK_DV,
     )  # fmt: skip
     _merge_row(
-        value_ptr + pid // HEADS * stride_vb + pid % HEADS * stride_vh, stride_vn, out_value_ptr, tiles_ptr + DK,
-        DK + DV, order_ptr, evicted_ptr, weight_ptr, token, own_weight, changes, begin, end, DV, TILE, BLOCK_E,
-        BLOCK_DV,
+        key_ptr, stride_kn, out_key_ptr, tiles_ptr, DK + DV, order_ptr, evicted_ptr, weight_ptr, token, own_weight,
+        begin, end, DK, TILE, BLOCK_E, BLOCK_DK,
     )  # fmt: skip
 
 
