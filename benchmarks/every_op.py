@@ -40,7 +40,7 @@ def scores(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """compress_ by every rule: selection, pivots, merge and compaction."""
+    """compress_ by every rule, in place and into other memory: selection, pivots, merge and compaction."""
     tier = torch.randint(1, 4, (BATCH, TOKENS), dtype=torch.int32)
     tier[1, :40] = 0
     given = torch.rand(BATCH, KV_HEADS, TOKENS).to(device), tier.to(device)
@@ -48,7 +48,9 @@ def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
     results = []
     for rule in lookm_kernels.rules.RULES:
         key, value = (tensor.clone().to(device) for tensor in original)
-        results += [lookm_kernels.compress_(key, value, *given, KEEP, rule), key[:, :, :60], value[:, :, :60]]
+        outs = [torch.empty_like(x[:, :, :60]) for x in (key, value)]
+        lookm_kernels.compress_(key, value, *given, KEEP, rule, out_key=outs[0], out_value=outs[1])
+        results += [lookm_kernels.compress_(key, value, *given, KEEP, rule), key[:, :, :60], value[:, :, :60], *outs]
     return results
 
 
@@ -67,9 +69,13 @@ def lists(dtype: torch.dtype, device: str) -> list[Tensor]:
     pivot = torch.randint(0, 60, evicted.shape, dtype=torch.int32).to(device)
     pivot[..., 20:500] = 7
     weights = torch.rand(evicted.shape).to(device), torch.rand(kept.shape).to(device)
+    outs = {f"out_{name}": torch.empty_like(x[:, :, :60]) for name, x in (("key", key), ("value", value))}
+    lookm_kernels.merge_(key, value, kept, evicted, pivot, *weights, **outs)
+    results += [x.clone() for x in outs.values()]
+    lookm_kernels.compact_(key, value, kept, **outs)
     lookm_kernels.merge_(key, value, kept, evicted, pivot, *weights)
     lookm_kernels.compact_(key, value, kept)
-    return [*results, key[:, :, :60], value[:, :, :60]]
+    return [*results, *outs.values(), key[:, :, :60], value[:, :, :60]]
 
 
 def main() -> None:

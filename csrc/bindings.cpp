@@ -87,11 +87,14 @@ std::size_t bytes_for_merge(int batch, int heads, int kept_size, int evicted_siz
     return bytes;
 }
 
-void run_merge(const Operand &key, const Operand &value, Address kept, Address evicted, Address pivot,
-               Address evicted_weight, Address kept_weight, int batch, int heads, int tokens, int kept_size,
-               int evicted_size, Address workspace, std::size_t workspace_bytes, Address stream) {
+void run_merge(const Operand &key, const Operand &value, const Operand &out_key, const Operand &out_value, Address kept,
+               Address evicted, Address pivot, Address evicted_weight, Address kept_weight, int batch, int heads,
+               int tokens, int kept_size, int evicted_size, Address workspace, std::size_t workspace_bytes,
+               Address stream) {
     const Merge a{rows(key),
                   rows(value),
+                  rows(out_key),
+                  rows(out_value),
                   pointer<const int>(kept),
                   pointer<const int>(evicted),
                   pointer<const int>(pivot),
@@ -107,10 +110,11 @@ void run_merge(const Operand &key, const Operand &value, Address kept, Address e
     check(merge(a, pointer<void>(workspace), workspace_bytes, pointer<CUstream_st>(stream)), "merge", shapes(a));
 }
 
-void run_compact(const Operand &key, const Operand &value, Address kept, int batch, int heads, int tokens,
-                 int kept_size, Address stream) {
-    const Compact a{rows(key), rows(value), pointer<const int>(kept), dtype_of(key), dtype_of(value), batch, heads,
-                    tokens,    kept_size};
+void run_compact(const Operand &key, const Operand &value, const Operand &out_key, const Operand &out_value,
+                 Address kept, int batch, int heads, int tokens, int kept_size, Address stream) {
+    const Compact a{rows(key),     rows(value),     rows(out_key), rows(out_value), pointer<const int>(kept),
+                    dtype_of(key), dtype_of(value), batch,         heads,           tokens,
+                    kept_size};
     check(compact(a, pointer<CUstream_st>(stream)), "compact", shapes(a));
 }
 
@@ -145,13 +149,13 @@ PYBIND11_MODULE(_C, module) {
                py::arg("batch"), py::arg("heads"), py::arg("kept_size"), py::arg("evicted_size"), py::arg("key_width"),
                py::arg("value_width"));
     module.def("merge", &run_merge, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
-               py::arg("key"), py::arg("value"), py::arg("kept"), py::arg("evicted"), py::arg("pivot"),
-               py::arg("evicted_weight"), py::arg("kept_weight"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
-               py::arg("kept_size"), py::arg("evicted_size"), py::arg("workspace"), py::arg("workspace_bytes"),
-               py::arg("stream"));
+               py::arg("key"), py::arg("value"), py::arg("out_key"), py::arg("out_value"), py::arg("kept"),
+               py::arg("evicted"), py::arg("pivot"), py::arg("evicted_weight"), py::arg("kept_weight"),
+               py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("kept_size"), py::arg("evicted_size"),
+               py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"));
     module.def("compact", &run_compact, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
-               py::arg("key"), py::arg("value"), py::arg("kept"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
-               py::arg("kept_size"), py::arg("stream"));
+               py::arg("key"), py::arg("value"), py::arg("out_key"), py::arg("out_value"), py::arg("kept"),
+               py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("kept_size"), py::arg("stream"));
 
     module.def(
         "can_run", [] { check(can_run(), "kernels", "on the current device"); }, release(),

@@ -48,9 +48,11 @@ cudaError_t select_tokens(const Select &arguments, cudaStream_t stream);
 // Whether the driver takes these kernels, and there are some for the current device.
 cudaError_t can_run();
 
-// merge.cu: evicted keys and values fold into their pivots, in place.
+// merge.cu: evicted keys and values fold into their pivots, in place, or into other memory that holds the kept rows
+// only.
 struct Merge {
     Rows key, value;
+    Rows out_key, out_value;            // key and value again: in place
     const int *kept, *evicted, *pivot;  // [B, H, K], [B, H, E], [B, H, E] contiguous
     const float *evicted_weight;        // [B, H, E] contiguous
     const float *kept_weight;           // [B, H, K] contiguous
@@ -74,10 +76,11 @@ cudaError_t merge_workspace(const MergePlan &plan, std::size_t *bytes);
 // workspace: `bytes` of device memory, at a multiple of 256.
 cudaError_t merge(const Merge &arguments, void *workspace, std::size_t bytes, cudaStream_t stream);
 
-// compact.cu: the kept rows move to the front, in place.
+// compact.cu: the kept rows move to the front, in place, or into other memory.
 struct Compact {
     Rows key, value;
-    const int *kept;  // [B, H, K] contiguous
+    Rows out_key, out_value;  // key and value again: in place
+    const int *kept;          // [B, H, K] contiguous
     Dtype key_dtype, value_dtype;
     int batch, heads, tokens, kept_size;
 };

@@ -87,13 +87,13 @@ struct Piece {
     std::int64_t stride;
     bool inside;  // whether the rows are that wide
 
-    __device__ Pack<T, COUNT> &at(int token) const { return *reinterpret_cast<Pack<T, COUNT> *>(x + token * stride); }
+    __device__ Pack<T, COUNT> &at(int row) const { return *reinterpret_cast<Pack<T, COUNT> *>(x + row * stride); }
 };
 
 // What the kernels that sum share: the operands, and the pieces that the lanes of a warp hold.
 template <typename T, int COUNT>
 struct Layer {
-    Rows key, value;
+    Rows key, value, out_key, out_value;
     const int *order, *evicted;
     const float *weight;
     float *sums;
@@ -101,10 +101,16 @@ struct Layer {
 
     __device__ int pieces() const { return (key.width + value.width) / COUNT; }
 
-    __device__ Piece<T, COUNT> piece(int row, int number) const {
+    // What a lane reads, and what it writes.
+    __device__ Piece<T, COUNT> piece(int row, int number) const { return piece_of(key, value, row, number); }
+    __device__ Piece<T, COUNT> out_piece(int row, int number) const {
+        return piece_of(out_key, out_value, row, number);
+    }
+
+    __device__ Piece<T, COUNT> piece_of(const Rows &keys, const Rows &values, int row, int number) const {
         const int element = number * COUNT;
         const bool of_key = element < key.width;
-        const Rows x = of_key ? key : value;
+        const Rows &x = of_key ? keys : values;
         const std::int64_t offset = row / heads * x.stride_b + row % heads * x.stride_h;
         return {static_cast<T *>(x.data) + offset + (of_key ? element : element - key.width), x.stride_n,
                 element < key.width + value.width};
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <typename T, int COUNT, bool TILES>
 __global__ void __launch_bounds__(kThreads, TILES ? 1 : kBlocks)
     merge_kernel(Layer<T, COUNT> layer, const int *kept, const int *starts, const float *kept_weight, int kept_size,
-                 unsigned blocks) {
+                 unsigned blocks, bool in_place) {
     const auto [row, block] = BlockOfRow(blocks);
     const int place = block * kWarps + static_cast<int>(threadIdx.x) / kWarp;
     if (place >= kept_size) return;
@@ -196,17 +202,21 @@ __global__ void __launch_bounds__(kThreads, TILES ? 1 : kBlocks)
     if ((first_tile < last_tile) != TILES) return;
     const int token = kept[number];
     const float own_weight = kept_weight[number];
-    // an empty place, or nothing to change: what is not rewritten keeps its bits
-    if (token < 0 || (begin == end && own_weight == 1.0f)) return;
+    // not an empty place, nor one of which nothing changes: that keeps its bits, in place without being read
+    const bool changes = token >= 0 && (begin < end || own_weight != 1.0f);
+    if (in_place && !changes) return;
 #pragma unroll 1
     for (int first = 0; first < layer.pieces(); first += kWarp) {
         const int own = first + threadIdx.x % kWarp;
         const Piece<T, COUNT> piece = layer.piece(row, own);
-        float sum[COUNT] = {};
-        if (piece.inside) {
-            const Pack<T, COUNT> row_piece = piece.at(token);
-            for (int j = 0; j < COUNT; ++j) sum[j] = own_weight * to_float(row_piece.x[j]);
+        Pack<T, COUNT> row_piece{};
+        if (piece.inside && token >= 0) row_piece = piece.at(token);
+        if (!changes) {
+            if (piece.inside) layer.out_piece(row, own).at(place) = row_piece;
+            continue;
         }
+        float sum[COUNT];
+        for (int j = 0; j < COUNT; ++j) sum[j] = own_weight * to_float(row_piece.x[j]);
         layer.add(sum, piece, row, begin, TILES ? first_tile * kTile : end);
         if (TILES && piece.inside) {
             const Pack<float, COUNT> *tile_sum = layer.tile_sum(row, first_tile, own);
@@ -220,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, TILES ? 1 : kBlocks)
         if (piece.inside) {
             Pack<T, COUNT> rounded;
             for (int j = 0; j < COUNT; ++j) round_to(&rounded.x[j], sum[j]);
-            piece.at(token) = rounded;
+            layer.out_piece(row, own).at(in_place ? token : place) = rounded;
         }
     }
 }
@@ -235,27 +245,30 @@ cudaError_t sum_groups(const Merge &a, const MergePlan &plan, void *workspace, c
                        cudaStream_t stream) {
     const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads;
     const unsigned tile_blocks = ceil_div(plan.tiles, kWarps), merge_blocks = ceil_div(a.kept_size, kWarps);
-    const Layer<T, COUNT> layer{a.key,     a.value,          order,
-                                a.evicted, a.evicted_weight, in_workspace<float>(workspace, plan.sums),
-                                a.heads,   a.evicted_size,   plan.tiles};
+    const bool in_place = a.key.data == a.out_key.data;
+    const Layer<T, COUNT> layer{a.key,   a.value,        a.out_key,        a.out_value,
+                                order,   a.evicted,      a.evicted_weight, in_workspace<float>(workspace, plan.sums),
+                                a.heads, a.evicted_size, plan.tiles};
     const auto *starts = in_workspace<const int>(workspace, plan.starts);
     cudaError_t error = launch(merge_kernel<T, COUNT, false>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept,
-                               starts, a.kept_weight, a.kept_size, merge_blocks);
+                               starts, a.kept_weight, a.kept_size, merge_blocks, in_place);
     // without a whole tile no run holds one
     if (error != cudaSuccess || plan.tiles == 0) return error;
     error =
         launch(tile_kernel<T, COUNT>, rows * tile_blocks, kThreads, 0, stream, layer, keys, a.kept_size, tile_blocks);
     if (error != cudaSuccess) return error;
     return launch(merge_kernel<T, COUNT, true>, rows * merge_blocks, kThreads, 0, stream, layer, a.kept, starts,
-                  a.kept_weight, a.kept_size, merge_blocks);
+                  a.kept_weight, a.kept_size, merge_blocks, in_place);
 }
 
 template <typename T>
 cudaError_t sum_groups_of(const Merge &a, const MergePlan &plan, void *workspace, const Key *keys, const int *order,
                           cudaStream_t stream) {
     constexpr int item = sizeof(T);
-    switch (std::min(access_bytes(a.key, a.batch, a.heads, a.tokens, item),
-                     access_bytes(a.value, a.batch, a.heads, a.tokens, item))) {
+    switch (std::min({access_bytes(a.key, a.batch, a.heads, a.tokens, item),
+                      access_bytes(a.value, a.batch, a.heads, a.tokens, item),
+                      access_bytes(a.out_key, a.batch, a.heads, a.kept_size, item),
+                      access_bytes(a.out_value, a.batch, a.heads, a.kept_size, item)})) {
         case 16: return sum_groups<T, 16 / item>(a, plan, workspace, keys, order, stream);
         case 8: return sum_groups<T, 8 / item>(a, plan, workspace, keys, order, stream);
         case 4: return sum_groups<T, 4 / item>(a, plan, workspace, keys, order, stream);
@@ -332,7 +345,8 @@ cudaError_t merge(const Merge &a, void *workspace, std::size_t bytes, cudaStream
     if (a.key_dtype == a.value_dtype) return sum(a, a.key_dtype);
     // one after the other, each beside a tensor of width 0
     Merge keys_alone = a, values_alone = a;
-    keys_alone.value = a.key, values_alone.key = a.value;
+    keys_alone.value = a.key, keys_alone.out_value = a.out_key;
+    values_alone.key = a.value, values_alone.out_key = a.out_value;
     keys_alone.value.width = values_alone.key.width = 0;
     error = sum(keys_alone, a.key_dtype);
     return error != cudaSuccess ? error : sum(values_alone, a.value_dtype);

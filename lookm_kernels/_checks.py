@@ -43,6 +43,11 @@ def check_rows(argument: str, tensor: Tensor, dims: str, dtypes: Sequence[torch.
     """A query, key or value tensor: four dimensions, none empty, unit last stride."""
     check_tensor(argument, tensor, dims, dtypes)
     require(all(size > 0 for size in tensor.shape), argument, "without an empty dimension", tensor)
+    check_unit_stride(argument, tensor)
+
+
+def check_unit_stride(argument: str, tensor: Tensor) -> None:
+    """The elements of a row lie side by side."""
     require(
         tensor.shape[-1] == 1 or tensor.stride(-1) == 1, argument, "unit-stride in its last dimension", tensor.stride()
     )
@@ -52,6 +57,19 @@ def check_in_place(argument: str, tensor: Tensor) -> None:
     """A tensor about to be written must not be expanded: two of its elements would be one in memory."""
     expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     require(not expanded, argument, "a tensor with memory of its own (not expanded), as it is modified", tensor)
+
+
+def overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one tensor meets that of the other."""
+    (begin, end), (other_begin, other_end) = (_extent(tensor) for tensor in (left, right))
+    return begin < other_end and other_begin < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def check_shape(argument: str, tensor: Tensor, shape: Sequence[int], dims: str) -> None:

@@ -188,3 +188,16 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     _library.define(schema)
     _library.impl(name, alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lookm::{name}", fake, lib=_library)
+
+
+def register_in_place(
+    name: str, arguments: str, returns: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Define `lookm::<name>`, which modifies key and value, and its overload `out`: out_key and out_value instead.
+
+    Not optional arguments of one schema: it would say that key and value are modified whether they are or not, and a
+    compiled graph would write to a model's tensors, or copy them first.
+    """
+    register(f"{name}(Tensor(a!) key, Tensor(b!) value, {arguments}) -> {returns}", run, fake)
+    outs = "Tensor(a!) out_key, Tensor(b!) out_value"
+    register(f"{name}.out(Tensor key, Tensor value, {arguments}, {outs}) -> {returns}", run, fake)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 import lookm_kernels
 
-OPS = ("attention_scores", "select_tokens", "nearest_kept", "merge_", "compact_", "compress_")
+IN_PLACE = ("merge_", "compact_", "compress_")
+# with ".out" into tensors of their own
+OPS = ("attention_scores", "select_tokens", "nearest_kept", *IN_PLACE, *(f"{op}.out" for op in IN_PLACE))
 LAYOUTS = ("contiguous", "heads_last", "window")
 # whether the kernels of this process run in Triton's interpreter, and `device` stands for them
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,8 +77,22 @@ def only_written(view: Tensor, before: Tensor, written: Tensor) -> bool:
 
 def public(op: str) -> Callable[..., Any]:
     """The public function of an op."""
-    function: Callable[..., Any] = getattr(lookm_kernels, op)
+    function: Callable[..., Any] = getattr(lookm_kernels, op.partition(".")[0])
     return function
+
+
+def overload(op: str) -> Any:
+    """What torch's dispatcher knows of an op."""
+    name, _, which = op.partition(".")
+    return getattr(getattr(torch.ops.lookm, name), which or "default")
+
+
+def new_outs(given: dict[str, Any], kept_size: int, layout: str = "contiguous") -> dict[str, Tensor]:
+    """out_key and out_value for the key and value among the arguments, full of NaN."""
+    return {
+        f"out_{name}": laid_out(torch.full_like(given[name][:, :, :1], float("nan")).repeat(1, 1, kept_size, 1), layout)
+        for name in ("key", "value")
+    }
 
 
 def tensors_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -86,6 +102,9 @@ def tensors_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed: int = 0) -> dict[str, Any]:
     """Arguments of one call in the order of the op's schema: 6 query heads, 3 KV heads, 9 queries, 13 tokens."""
+    if op.endswith(".out"):
+        given = arguments(op.removesuffix(".out"), device, batch, seed)
+        return given | new_outs(given, max(given["keep"]) if "keep" in given else given["kept"].shape[2])
     heads, queries, tokens, width = 3, 9, 13, 8
     key = random(seed, batch, heads, tokens, width, device=device)
     value = random(seed + 1, batch, heads, tokens, 5, device=device)
@@ -128,10 +147,31 @@ def copied(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def call(op: str, given: dict[str, Any], function: Callable[..., Any] | None = None) -> list[Tensor]:
-    """Runs the op on copies of its arguments: what it returns, then what an in-place op leaves in key and value."""
+    """Runs the op on copies of its arguments: what it returns, then what it leaves in key and value, or in the outs."""
     own = copied(given)
     result = (function or public(op))(**own)
     returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    if op.endswith(".out"):
+        return [*returned, own["out_key"], own["out_value"]]
     if op == "compress_":
         return [result, *(own[name][:, :, : result.shape[2]] for name in ("key", "value"))]
     return returned + ([own["key"], own["value"]] if op.endswith("_") else [])
+
+
+def check_outs(run: Callable[..., object], key: Tensor, value: Tensor, kept_size: int) -> None:
+    """run(key, value, out_key=..., out_value=...) writes what run(key, value) leaves in the first rows, and only that.
+
+    Outs full of NaN, in every layout; key and value keep their bits.
+    """
+    goal = key.clone(), value.clone()
+    run(*goal)
+    before = [memory(x).clone() for x in (key, value)]
+    for layout in LAYOUTS:
+        outs = new_outs({"key": key, "value": value}, kept_size, layout)
+        around = [memory(out).clone() for out in outs.values()]
+        run(key, value, **outs)
+        for x, was in zip((key, value), before, strict=True):
+            assert same_bits(memory(x), was)
+        for x, out, was in zip(goal, outs.values(), around, strict=True):
+            assert same_bits(out, x[:, :, :kept_size])
+            assert only_written(out, was, torch.ones_like(out, dtype=torch.bool))

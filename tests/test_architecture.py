@@ -148,6 +148,11 @@ def test_in_place_verbs_end_in_an_underscore() -> None:
     mutating = {schema.name for schema in _schemas() if schema.is_mutable}
     assert mutating == {"lookm::merge_", "lookm::compact_", "lookm::compress_"}
     assert all(schema.name.endswith("_") == schema.is_mutable for schema in _schemas())
+    for schema in _schemas():
+        modified = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+        assert modified == [name for name in ("key", "value") if schema.is_mutable and not schema.overload_name] + [
+            name for name in ("out_key", "out_value") if schema.overload_name
+        ]
 
 
 def _schemas() -> list[Any]:

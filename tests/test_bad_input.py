@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from inputs import INTERPRETED, OPS, arguments, copied, memory, public, same_bits, tensors_of
+from inputs import IN_PLACE, INTERPRETED, OPS, arguments, copied, memory, new_outs, public, same_bits, tensors_of
 
 from lookm_kernels._checks import FP8
 
@@ -153,6 +153,19 @@ BAD = (
         )
     ]
     + [
+        Bad(f"{op}.out", argument, *rest)
+        for op in IN_PLACE
+        for argument in ("out_key", "out_value")
+        for rest in (
+            (lambda x: x[0], ValueError, "[B, H, K, D", "float32 [3, 6, "),
+            (torch.Tensor.half, TypeError, "float32", "torch.float16 [2, 3, 6, "),
+            (lambda x: x[:, :, 1:], ValueError, "] = [2, 3, 6, ", "float32 [2, 3, 5, "),
+            (every_second_column, ValueError, "unit-stride", "2)"),
+            (expanded, ValueError, "not expanded", "float32 [2, 3, 6, "),
+            (constant(None), ValueError, "given where `out_", "None"),
+        )
+    ]
+    + [
         Bad("nearest_kept", "key", lambda x: x[0], ValueError, "[B, H, N, D]", "[3, 13, 8]"),
         Bad("nearest_kept", "key", lambda x: x[..., :0], ValueError, "without an empty dimension", "[2, 3, 13, 0]"),
         Bad("nearest_kept", "key", torch.Tensor.bool, TypeError, "float16 or bfloat16", "torch.bool"),
@@ -207,6 +220,26 @@ def test_one_tensor_for_key_and_value(device: torch.device, op: str) -> None:
     check(op, given | {"value": given["key"]}, ValueError, "value", "in other memory than `key`", "torch.float32")
 
 
+@pytest.mark.parametrize("op", [f"{op}.out" for op in IN_PLACE])
+@pytest.mark.parametrize("begin", [0, 3, 7])
+@pytest.mark.parametrize("out", ["out_key", "out_value"])
+@pytest.mark.parametrize("read", ["key", "value"])
+def test_outs_in_the_memory_of_what_is_read(device: torch.device, op: str, read: str, out: str, begin: int) -> None:
+    given = arguments(op, device)
+    given["value"] = given["value"].repeat(1, 1, 1, 2)[..., : given["key"].shape[3]].contiguous()
+    given |= new_outs(given, 6)
+    given[out] = given[read][:, :, begin : begin + 6]
+    check(op, given, ValueError, out, f"in other memory than `{read}`", "torch.float32 [2, 3, 6, 8]")
+
+
+@pytest.mark.parametrize("op", [f"{op}.out" for op in IN_PLACE])
+def test_one_tensor_for_both_outs(device: torch.device, op: str) -> None:
+    given = arguments(op, device)
+    given["value"] = given["key"]
+    given["out_value"] = given["out_key"]
+    check(op, given, ValueError, "out_value", "in other memory than `out_key`", "torch.float32")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_none_for_a_tensor(device: torch.device, op: str) -> None:
     given = arguments(op, device)
@@ -236,7 +269,7 @@ def test_a_gradient(device: torch.device, op: str, argument: str) -> None:
 def test_bfloat16_in_the_interpreter_of_triton(device: torch.device, op: str, argument: str) -> None:
     """Its products of bfloat16 are garbage."""
     given = arguments(op, device)
-    given |= {name: x.bfloat16() for name, x in given.items() if name in ("query", argument)}
+    given |= {name: x.bfloat16() for name, x in given.items() if name in ("query", argument, f"out_{argument}")}
     before = copied(given)
     with pytest.raises(ValueError, match="backend triton: bfloat16, which its interpreter multiplies and rounds"):
         public(op)(**given)

@@ -6,7 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import EXACT, LAYOUTS, LOW_PRECISION, MIXED, laid_out, memory, only_written, random, same_bits, tiers
+from inputs import (
+    EXACT,
+    LAYOUTS,
+    LOW_PRECISION,
+    MIXED,
+    check_outs,
+    laid_out,
+    memory,
+    only_written,
+    random,
+    same_bits,
+    tiers,
+)
 from torch import Tensor
 
 from lookm_kernels import compact_, select_tokens
@@ -17,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def check(key: Tensor, value: Tensor, kept: Tensor) -> None:
     """Row i holds what row kept[i] held, 0 where kept[i] is -1; the rows behind and the memory around are untouched."""
     tensors = (key, value)
+    check_outs(lambda *pair, **outs: compact_(*pair, kept, **outs), key, value, kept.shape[2])
     before = [(x.clone(), memory(x).clone()) for x in tensors]
     assert compact_(key, value, kept) is None
     for x, (was, was_memory) in zip(tensors, before, strict=True):

@@ -51,8 +51,10 @@ def launch_all(float8: bool) -> None:
                 scores.attention_scores(query, key, 0.1, False, lse, *[None] * 5, head_scale)
             continue
         nearest.nearest_kept(key, kept, evicted)
-        merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float())
-        compact.compact_(key, key, kept)
+        out = empty(BATCH, HEADS, KEPT, width, dtype=dtype)
+        for outs in ((), (out, out)):
+            merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float(), *outs)
+            compact.compact_(key, key, kept, *outs)
         if dtype != torch.float16:
             scores.attention_scores(query, key, *every_flag)
         if dtype != torch.float32:

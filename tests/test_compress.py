@@ -14,6 +14,7 @@ from inputs import (
     INTERPRETED,
     LAYOUTS,
     LOW_PRECISION,
+    check_outs,
     laid_out,
     memory,
     moved,
@@ -70,6 +71,9 @@ def on(device: torch.device, layer: dict[str, Any]) -> dict[str, Any]:
 def test_is_the_five_steps(device: torch.device, layer: dict[str, Any], variant: tuple[str, str | None]) -> None:
     layer = on(device, layer)
     steps = {**layer, "key": layer["key"].clone(), "value": layer["value"].clone()}
+    call = [layer[name] for name in ("scores", "tier", "keep")]
+    keep = max(layer["keep"])
+    check_outs(lambda *pair, **outs: compress_(*pair, *call, *variant, **outs), layer["key"], layer["value"], keep)
     written = torch.ones(layer["tier"].shape, dtype=torch.bool, device=device)[:, None, :, None]
     before = [(x, memory(x).clone()) for x in (layer["key"], layer["value"])]
     kept = compress_(**layer, rule=variant[0], gate=variant[1])
@@ -142,6 +146,7 @@ def test_values_of_another_dtype(device: torch.device, dtype: torch.dtype, rule:
     key, value = random(0, 2, 3, 40, 64, device=device), random(1, 2, 3, 40, 24, dtype=dtype, device=device)
     exact = key.clone(), value.float()
     call = random(2, 2, 3, 40, device=device), tiers(0, 2, 40, device), [12, 9], rule, gate
+    check_outs(lambda *pair, **outs: compress_(*pair, *call, **outs), key, value, 12)
     kept = compress_(key, value, *call)
     assert same_bits(kept, compress_(*exact, *call))
     for x, goal in zip((key, value), exact, strict=True):

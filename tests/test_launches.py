@@ -72,8 +72,21 @@ class Allocations(TorchDispatchMode):
 def test_compression_never_waits_for_the_device(rule: str, gate: str | None, keep: list[int]) -> None:
     key, value = (empty(2, HEADS, TOKENS, 128, dtype=torch.bfloat16) for _ in range(2))
     tier = empty(2, TOKENS, dtype=torch.int32)
-    kept = compress._run(key, value, empty(2, HEADS, TOKENS), tier, keep, rule, gate)
-    assert kept.shape == (2, HEADS, 6553)
+    outs = [empty(2, HEADS, 6553, 128, dtype=torch.bfloat16) for _ in range(2)]
+    for into in ([], outs):
+        kept = compress._run(key, value, empty(2, HEADS, TOKENS), tier, keep, rule, gate, *into)
+        assert kept.shape == (2, HEADS, 6553)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_what_is_written_elsewhere_is_written_once(launches: list[str], rule: str) -> None:
+    """Merged rows are not compacted after that."""
+    key, value = (empty(1, HEADS, TOKENS, 128, dtype=torch.bfloat16) for _ in range(2))
+    outs = [empty(1, HEADS, 6553, 128, dtype=torch.bfloat16) for _ in range(2)]
+    given = empty(1, HEADS, TOKENS), empty(1, TOKENS, dtype=torch.int32), [6553], rule, None
+    compress._run(key, value, *given, *outs)
+    assert launches.count("_compact_kernel") == (2 if rule == "none" else 0)
+    assert launches.count("_merge_kernel") == (0 if rule == "none" else 1)
 
 
 def test_scoring_never_waits_for_the_device() -> None:
@@ -98,6 +111,8 @@ def test_extra_memory_is_at_most_a_tenth_of_the_cache(rule: str) -> None:
     """All that torch allocates but what its sort needs inside; a budget of 20 %, heads of 128 elements of 16 bits."""
     key, value = (empty(1, HEADS, TOKENS, 128, dtype=torch.bfloat16) for _ in range(2))
     attention, tier = empty(1, HEADS, TOKENS), empty(1, TOKENS, dtype=torch.int32)
-    with Allocations(key, value, attention, tier) as allocations:
-        compress._run(key, value, attention, tier, [TOKENS // 5], rule, None)
-    assert 0 < allocations.peak <= (key.nbytes + value.nbytes) / 10
+    outs = [empty(1, HEADS, TOKENS // 5, 128, dtype=torch.bfloat16) for _ in range(2)]
+    for into in ([], outs):
+        with Allocations(key, value, attention, tier, *into) as allocations:
+            compress._run(key, value, attention, tier, [TOKENS // 5], rule, None, *into)
+        assert 0 < allocations.peak <= (key.nbytes + value.nbytes) / 10

@@ -12,9 +12,13 @@ pytest.importorskip("transformers")
 
 from families import FAMILIES, HEAD_DIM, IMAGE, KV_HEADS, full_layers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lookm import POLICIES, LookMCache
+from lookm.reading import Reading
+from lookm_kernels import rules
 
 ROWS = [(9, IMAGE, 112), (5, IMAGE, 4)]
 LENGTH, KEEP = 139, 13
@@ -106,6 +110,44 @@ def test_memory_that_cannot_be_compacted_in_place(layout: str):
         layer.attend(lambda *_, **__: None, "sdpa", None, rows(2, 4), *layer.update(*given), None)
         results.append((layer.keys, layer.values))
     assert all(map(torch.equal, *results))
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor that was made under it, floating point only."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {x.untyped_storage()._cdata for x in known}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage()._cdata not in self.known:
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_no_copy_of_the_whole_prompt_is_made(rule: str, monkeypatch: pytest.MonkeyPatch):
+    """Of what compression makes nothing is as large as the keys, beside those of the layer themselves."""
+    family, made = FAMILIES["llava"], []
+    model = family.model()
+    cache = LookMCache(model, budget=KEEP, rule=rule)
+    compress = Reading.compress
+
+    def watched(self: Reading, *arguments: object) -> object:
+        with Sizes(self.keys, self.values) as sizes:
+            result = compress(self, *arguments)
+        made.append((sizes.largest, self.keys.numel()))
+        return result
+
+    monkeypatch.setattr(Reading, "compress", watched)
+    inputs = family.inputs([family.prompt(layout, seed) for seed, layout in enumerate(ROWS)])
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    assert len(made) == 3
+    assert all(0 < largest < whole for largest, whole in made)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -8,11 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import EXACT, LAYOUTS, LOW_PRECISION, MIXED, laid_out, memory, only_written, random, same_bits, tiers
+from inputs import (
+    EXACT,
+    LAYOUTS,
+    LOW_PRECISION,
+    MIXED,
+    check_outs,
+    laid_out,
+    memory,
+    only_written,
+    random,
+    same_bits,
+    tiers,
+)
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lookm_kernels import merge_, select_tokens
+from lookm_kernels import compact_, merge_, select_tokens
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -67,9 +79,21 @@ def merged(x: Tensor, merge: Merge) -> Tensor:
     return torch.where(changed(x, merge), out.scatter(2, target, own + spread.mT @ moving)[:, :, :-1], x)
 
 
+def check_into_others(key: Tensor, value: Tensor, merge: Merge) -> None:
+    """With outs what merge_ and compact_ leave in place."""
+
+    def run(*pair: Tensor, **outs: Tensor) -> None:
+        merge_(*pair, *merge, **outs)
+        if not outs:
+            compact_(*pair, merge.kept)
+
+    check_outs(run, key, value, merge.kept.shape[2])
+
+
 def check(key: Tensor, value: Tensor, merge: Merge) -> None:
     """Values by the equation in float64; every place that should not change keeps its bits, around the tensors too."""
     tensors = (key, value)
+    check_into_others(key, value, merge)
     before = [memory(x).clone() for x in tensors]
     expected = [merged(x.double(), merge) for x in tensors]
     assert merge_(key, value, *merge) is None
@@ -97,6 +121,7 @@ def test_each_in_its_own_dtype(device: torch.device, dtypes: tuple[torch.dtype, 
     key = laid_out(random(0, 2, 2, 507, 64, dtype=dtypes[0], device=device), "heads_last")
     value = laid_out(random(1, 2, 2, 507, 24, dtype=dtypes[1], device=device), "window")
     merge = some_merge(0, key, [60, 50], hub)
+    check_into_others(key, value, merge)
     before, exact = [memory(x).clone() for x in (key, value)], [x.float() for x in (key, value)]
     merge_(key, value, *merge)
     merge_(*exact, *merge)
@@ -155,7 +180,10 @@ def test_nothing_to_merge(device: torch.device, keep: int) -> None:
     """Not even -0 becomes 0."""
     key, value = random(0, 1, 2, 17, 8, device=device), random(1, 1, 2, 17, 8, device=device)
     key[..., 0] = -0.0
+    # not the bits of a NaN that arithmetic gives
+    key.view(torch.int32)[..., 1] = 0x7FC12345
     merge = some_merge(0, key, [keep])
+    check_into_others(key, value, merge._replace(kept_weight=torch.ones_like(merge.kept_weight)))
     before = key.clone(), value.clone()
     merge_(key, value, *merge._replace(kept_weight=torch.ones_like(merge.kept_weight)))
     assert same_bits(key, before[0])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from emulator import SHARED_MEMORY, Emulator
-from inputs import LAYOUTS, arguments, call, laid_out, random, same_bits, tiers
+from inputs import LAYOUTS, arguments, call, laid_out, new_outs, random, same_bits, tiers
 from torch import Tensor
 
 from lookm_kernels import _native, compact_, merge_, nearest_kept, select_tokens, use_backend
@@ -19,7 +19,7 @@ from lookm_kernels._dispatch import why_missing
 from lookm_kernels.cuda import compact, merge, select
 
 SEEDS = range(6)
-OPS = ("select_tokens", "merge_", "compact_")
+OPS = ("select_tokens", "merge_", "compact_", "merge_.out", "compact_.out")
 KIBI = 1024
 
 
@@ -88,7 +88,9 @@ def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype, v
         "evicted_weight": random(2, 1, 2, evicted_size).abs() / 100,
         "kept_weight": random(3, 1, 2, kept_size),
     }
-    check_all_orders(csrc, "merge_", given, max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps))
+    tolerance = max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps)
+    check_all_orders(csrc, "merge_", given, tolerance)
+    check_all_orders(csrc, "merge_.out", given | new_outs(given, kept_size), tolerance)
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float16, torch.float32])
@@ -104,6 +106,7 @@ def test_compaction_in_any_order(csrc: Emulator, empty: int, layout: str, value_
         "kept": kept.expand(1, 2, -1),
     }
     check_all_orders(csrc, "compact_", given)
+    check_all_orders(csrc, "compact_.out", given | new_outs(given, len(kept)))
 
 
 def test_a_row_fits_shared_memory_or_not(csrc: Emulator) -> None:
@@ -209,14 +212,14 @@ def test_a_failing_merge_names_its_shapes(csrc: Emulator) -> None:
     csrc.configure(error=1)
     message = r"merge \(B=1 H=2 N=9 K=3 D=8 of 4 bytes Dv=8 of 2 bytes E=4\): invalid argument"
     with pytest.raises(RuntimeError, match=message):
-        csrc.module.merge(key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
+        csrc.module.merge(key, value, key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
 
 
 def test_an_unknown_dtype_is_refused(csrc: Emulator) -> None:
     known, unknown = ((0, (0, 0, 0), 8, tag) for tag in (0, 3))
     for rows in ((known, unknown), (unknown, known)):
         with pytest.raises(ValueError, match="`dtype` must be 0, 1 or 2, got 3"):
-            csrc.module.compact(*rows, 0, 1, 1, 9, 3, 0)
+            csrc.module.compact(*rows, *rows, 0, 1, 1, 9, 3, 0)
 
 
 def test_the_backend_is_there_with_its_ops_only(csrc: Emulator) -> None:
@@ -239,10 +242,13 @@ def test_the_launchers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
     key, value = (torch.empty(2, 8, 4096, width, dtype=torch.bfloat16, device="meta") for width in (128, 80))
     tier = torch.empty(2, 4096, dtype=torch.int32, device="meta")
     kept, evicted = select.select_tokens(torch.empty(2, 8, 4096, device="meta"), tier, [800, 500])
-    weights = (torch.empty(indices.shape, device="meta") for indices in (evicted, kept))
-    merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights)
-    compact.compact_(key, value, kept)
-    assert calls == ["select", "merge_workspace", "merge", "compact"]
+    weights = [torch.empty(indices.shape, device="meta") for indices in (evicted, kept)]
+    assert calls == ["select"]
+    for outs in ((), (key[:, :, :800], value[:, :, :800])):
+        calls.clear()
+        merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights, *outs)
+        compact.compact_(key, value, kept, *outs)
+        assert calls == ["merge_workspace", "merge", "compact"]
     assert kept.shape == (2, 8, 800)
     assert evicted.shape == (2, 8, 4096 - 500)
 

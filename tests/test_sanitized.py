@@ -60,6 +60,10 @@ def run_all() -> None:
                 pivot = torch.where(evicted >= 0, kept.shape[2] - 1, -1).int()
                 weights = random(2, *evicted.shape), random(3, *kept.shape)
                 for values in (value, value.half()):
+                    outs = (torch.empty(2, 2, kept.shape[2], width, dtype=x.dtype) for x in (key, values))
+                    given = dict(zip(("out_key", "out_value"), outs, strict=True))
+                    merge_(key, values, kept, evicted, pivot, *weights, **given)
+                    compact_(key, values, kept, **given)
                     merge_(key, values, kept, evicted, pivot, *weights)
                     compact_(key, values, kept)
 

@@ -16,6 +16,8 @@ def merge_(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    out_key: Tensor | None = None,
+    out_value: Tensor | None = None,
 ) -> None:
     """See lookm_kernels.merge_."""
     batch, heads, tokens, width = key.shape
@@ -26,7 +28,8 @@ def merge_(
     workspace_bytes = _native.call("merge_workspace", *sizes)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=key.device)
     lists = [x.contiguous() for x in (kept, evicted, pivot, evicted_weight, kept_weight)]
+    outs = (key, value) if out_key is None or out_value is None else (out_key, out_value)
     _native.call(
-        "merge", _native.rows(key), _native.rows(value), *(x.data_ptr() for x in lists), batch, heads, tokens,
+        "merge", *(_native.rows(x) for x in (key, value, *outs)), *(x.data_ptr() for x in lists), batch, heads, tokens,
         kept_size, evicted_size, workspace.data_ptr(), workspace_bytes, _native.stream(key.device),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lookm_kernels._checks import accumulation_dtype
 from lookm_kernels.reference._blocks import rows_per_block
+from lookm_kernels.reference.compact import compact_
 
 
 def merge_(
@@ -17,25 +18,40 @@ def merge_(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    out_key: Tensor | None = None,
+    out_value: Tensor | None = None,
 ) -> None:
     """See lookm_kernels.merge_. A few heads at a time, which bounds the memory."""
+    if out_key is None or out_value is None:
+        outs, target = (key, value), kept.long()
+    else:
+        outs, target = (out_key, out_value), torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+        # all kept rows as they are; those that change are written again
+        compact_(key, value, kept, *outs)
     block = rows_per_block(max(1, evicted.shape[-1]) * max(key.shape[-1], value.shape[-1]))
     for row in range(key.shape[0]):
         for begin in range(0, key.shape[1], block):
             here = (row, slice(begin, begin + block))
             lists = kept[here].long(), evicted[here].long(), pivot[here].long()
-            _merge_heads((key[here], value[here]), *lists, evicted_weight[here], kept_weight[here])
+            _merge_heads(
+                ((key[here], outs[0][here]), (value[here], outs[1][here])), target[here], *lists,
+                evicted_weight[here], kept_weight[here],
+            )  # fmt: skip
 
 
 def _merge_heads(
-    tensors: tuple[Tensor, Tensor],
+    tensors: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    target: Tensor,
     kept: Tensor,
     evicted: Tensor,
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
 ) -> None:
-    """tensors [H, N, D] each, modified; kept and kept_weight [H, K]; evicted, pivot and evicted_weight [H, E]."""
+    """tensors: what is read [H, N, D] and what is written, of keys and values; target [H, K]: the row that is written.
+
+    kept and kept_weight [H, K]; evicted, pivot and evicted_weight [H, E].
+    """
     head, place = ((evicted >= 0) & (pivot >= 0) & (evicted_weight != 0)).nonzero(as_tuple=True)
     group = head * kept.shape[-1] + pivot[head, place]
     counts = torch.bincount(group, minlength=kept.numel())
@@ -43,10 +59,9 @@ def _merge_heads(
     head, place = head[order], place[order]
     changed = (kept >= 0) & ((counts.view_as(kept) > 0) | (kept_weight != 1))
     own_head, own_place = changed.nonzero(as_tuple=True)
-    for tensor in tensors:
+    for tensor, out in tensors:
         dtype = accumulation_dtype(tensor.dtype)
         moving = tensor[head, evicted[head, place]].to(dtype) * evicted_weight[head, place, None].to(dtype)
         sums = torch.segment_reduce(moving, "sum", lengths=counts, axis=0, unsafe=True, initial=0)
-        target = own_head, kept[own_head, own_place]
-        own = tensor[target].to(dtype) * kept_weight[own_head, own_place, None].to(dtype)
-        tensor[target] = (own + sums[changed.flatten()]).to(tensor.dtype)
+        own = tensor[own_head, kept[own_head, own_place]].to(dtype) * kept_weight[own_head, own_place, None].to(dtype)
+        out[own_head, target[own_head, own_place]] = (own + sums[changed.flatten()]).to(tensor.dtype)

@@ -2,6 +2,8 @@
 
 Kept indices ascend, so the places that move right (more empty places than tokens skipped) come first and are walked
 backwards, those that move left come after and are walked forwards: no row is overwritten before it was read.
+
+Into other memory nothing is in the way: every block of places has a program of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ STAGES = 1
 
 
 @triton.jit
-def _move(x_ptr, kept_ptr, begin, low, high, stride_n, d, D, BLOCK_K: tl.constexpr):
+def _move(x_ptr, stride_n, out_ptr, stride_on, kept_ptr, begin, low, high, d, D, BLOCK_K: tl.constexpr):
     """Places begin to begin + BLOCK_K - 1, those inside [low, high): all are read before any is written."""
     c = begin + tl.arange(0, BLOCK_K)
     inside = (c >= low) & (c < high)
@@ -29,17 +31,12 @@ def _move(x_ptr, kept_ptr, begin, low, high, stride_n, d, D, BLOCK_K: tl.constex
     mask = inside[:, None] & (d < D)[None, :]
     rows = tl.load(x_ptr + token[:, None] * stride_n + d[None, :], mask=mask & (token >= 0)[:, None], other=0.0)
     tl.debug_barrier()
-    tl.store(x_ptr + c[:, None].to(tl.int64) * stride_n + d[None, :], rows, mask=mask)
+    tl.store(out_ptr + c[:, None].to(tl.int64) * stride_on + d[None, :], rows, mask=mask)
 
 
 @triton.jit
-def _compact_kernel(
-    x_ptr, kept_ptr, stride_b, stride_h, stride_n, HEADS, KEPT, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    slab, pid = block_and_row(tl.cdiv(D, BLOCK_D))
-    x_ptr += pid // HEADS * stride_b + pid % HEADS * stride_h
-    kept_ptr += pid * KEPT
-    d = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+def _walk(x_ptr, stride_n, kept_ptr, KEPT, d, D, BLOCK_K: tl.constexpr):
+    """All places of one (row, head), in place."""
     empty, right = 0, 0
     for begin in range(0, KEPT, BLOCK_K):
         c = begin + tl.arange(0, BLOCK_K)
@@ -48,21 +45,45 @@ def _compact_kernel(
         right += tl.sum(((token >= 0) & (token < c) & (c < KEPT)).to(tl.int32))
     middle = empty + right
     for step in range(tl.cdiv(right, BLOCK_K)):
-        _move(x_ptr, kept_ptr, middle - (step + 1) * BLOCK_K, empty, middle, stride_n, d, D, BLOCK_K)
+        begin = middle - (step + 1) * BLOCK_K
+        _move(x_ptr, stride_n, x_ptr, stride_n, kept_ptr, begin, empty, middle, d, D, BLOCK_K)
     for begin in range(middle, KEPT, BLOCK_K):
-        _move(x_ptr, kept_ptr, begin, middle, KEPT, stride_n, d, D, BLOCK_K)
+        _move(x_ptr, stride_n, x_ptr, stride_n, kept_ptr, begin, middle, KEPT, d, D, BLOCK_K)
     for begin in range(0, empty, BLOCK_K):
-        _move(x_ptr, kept_ptr, begin, 0, empty, stride_n, d, D, BLOCK_K)
+        _move(x_ptr, stride_n, x_ptr, stride_n, kept_ptr, begin, 0, empty, d, D, BLOCK_K)
 
 
-def compact_(key: Tensor, value: Tensor, kept: Tensor) -> None:
+@triton.jit
+def _compact_kernel(
+    x_ptr, out_ptr, kept_ptr, stride_b, stride_h, stride_n, stride_ob, stride_oh, stride_on, HEADS, KEPT, D,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    slabs = tl.cdiv(D, BLOCK_D)
+    part, pid = block_and_row(slabs if IN_PLACE else slabs * tl.cdiv(KEPT, BLOCK_K))
+    x_ptr += pid // HEADS * stride_b + pid % HEADS * stride_h
+    kept_ptr += pid * KEPT
+    d = part % slabs * BLOCK_D + tl.arange(0, BLOCK_D)
+    if IN_PLACE:
+        _walk(x_ptr, stride_n, kept_ptr, KEPT, d, D, BLOCK_K)
+    else:
+        out_ptr += pid // HEADS * stride_ob + pid % HEADS * stride_oh
+        begin = part // slabs * BLOCK_K
+        _move(x_ptr, stride_n, out_ptr, stride_on, kept_ptr, begin, 0, KEPT, d, D, BLOCK_K)
+
+
+def compact_(
+    key: Tensor, value: Tensor, kept: Tensor, out_key: Tensor | None = None, out_value: Tensor | None = None
+) -> None:
     """See lookm_kernels.compact_."""
     batch, heads, kept_size = kept.shape
+    if kept_size == 0:
+        return
     kept = kept.contiguous()
-    for tensor in (key, value):
+    for tensor, into in ((key, out_key), (value, out_value)):
+        out, walks = (tensor, 1) if into is None else (into, triton.cdiv(kept_size, BLOCK_K))
         width = tensor.shape[3]
         slab = SLAB_BYTES // tensor.element_size()
-        _compact_kernel[(triton.cdiv(width, slab) * batch * heads,)](
-            tensor, kept, *tensor.stride()[:3], heads, kept_size, width, BLOCK_K=BLOCK_K, BLOCK_D=slab,
-            num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
+        _compact_kernel[(triton.cdiv(width, slab) * walks * batch * heads,)](
+            tensor, out, kept, *tensor.stride()[:3], *out.stride()[:3], heads, kept_size, width, BLOCK_K=BLOCK_K,
+            BLOCK_D=slab, IN_PLACE=into is None, num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=False,
         )  # fmt: skip

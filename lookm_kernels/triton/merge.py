@@ -64,14 +64,21 @@ def _tile_kernel(
 
 
 @triton.jit
+def _copy_row(x_ptr, stride_n, out_ptr, token, D, BLOCK_D: tl.constexpr):
+    """The row of a token as it is, zeros for no token (-1)."""
+    d = tl.arange(0, BLOCK_D)
+    own = tl.load(x_ptr + token * stride_n + d, mask=d < tl.where(token >= 0, D, 0), other=0.0)
+    tl.store(out_ptr + d, own, mask=d < D)
+
+
+@triton.jit
 def _merge_row(
-    x_ptr, stride_n, tiles_ptr, stride_tile, order_ptr, evicted_ptr, weight_ptr, token, own_weight, begin, end, D,
-    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, stride_n, out_ptr, tiles_ptr, stride_tile, order_ptr, evicted_ptr, weight_ptr, token, own_weight, begin, end,
+    D, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     first_tile, last_tile = tl.cdiv(begin, TILE), end // TILE
-    x_own = x_ptr + token * stride_n + d
-    total = own_weight * tl.load(x_own, mask=d < D, other=0.0).to(tl.float32)
+    total = own_weight * tl.load(x_ptr + token * stride_n + d, mask=d < D, other=0.0).to(tl.float32)
     # tokens before the first whole tile, the whole tiles, the tokens after the last
     head_end = tl.minimum(end, first_tile * TILE)
     total += _weighted_sum(x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, begin, head_end, D, BLOCK_E, BLOCK_D)
@@ -81,34 +88,44 @@ def _merge_row(
         total += tl.sum(tl.load(tiles_ptr + place, mask=(tile < last_tile)[:, None] & (d < D)[None, :], other=0.0), 0)
     tail = tl.maximum(head_end, last_tile * TILE)
     total += _weighted_sum(x_ptr, stride_n, order_ptr, evicted_ptr, weight_ptr, tail, end, D, BLOCK_E, BLOCK_D)
-    tl.store(x_own, total.to(x_ptr.dtype.element_ty), mask=d < D)
+    tl.store(out_ptr + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def _merge_kernel(
-    key_ptr, value_ptr, kept_ptr, starts_ptr, order_ptr, evicted_ptr, weight_ptr, kept_weight_ptr, tiles_ptr,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, HEADS, KEPT, EVICTED, TILES, DK, DV,
-    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    key_ptr, value_ptr, out_key_ptr, out_value_ptr, kept_ptr, starts_ptr, order_ptr, evicted_ptr, weight_ptr,
+    kept_weight_ptr, tiles_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_okb,
+    stride_okh, stride_okn, stride_ovb, stride_ovh, stride_ovn, HEADS, KEPT, EVICTED, TILES, DK, DV,
+    TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     c, pid = block_and_row(KEPT)
     token = tl.load(kept_ptr + pid * KEPT + c).to(tl.int64)
     begin = tl.load(starts_ptr + pid * (KEPT + 1) + c)
     end = tl.load(starts_ptr + pid * (KEPT + 1) + c + 1)
     own_weight = tl.load(kept_weight_ptr + pid * KEPT + c)
-    # an empty place, or nothing to change: what is not rewritten keeps its bits
+    row = token if IN_PLACE else c.to(tl.int64)
+    key_ptr += pid // HEADS * stride_kb + pid % HEADS * stride_kh
+    value_ptr += pid // HEADS * stride_vb + pid % HEADS * stride_vh
+    out_key_ptr += pid // HEADS * stride_okb + pid % HEADS * stride_okh + row * stride_okn
+    out_value_ptr += pid // HEADS * stride_ovb + pid % HEADS * stride_ovh + row * stride_ovn
+    # an empty place, or nothing to change: the row keeps its bits
     if (token < 0) | ((begin == end) & (own_weight == 1)):
+        if not IN_PLACE:
+            _copy_row(key_ptr, stride_kn, out_key_ptr, token, DK, BLOCK_DK)
+            _copy_row(value_ptr, stride_vn, out_value_ptr, token, DV, BLOCK_DV)
         return
     order_ptr += pid * EVICTED
     evicted_ptr += pid * EVICTED
     weight_ptr += pid * EVICTED
     tiles_ptr += pid * TILES * (DK + DV)
+    # values first: in the other order ptxas spills a register on an RTX GPU
     _merge_row(
-        key_ptr + pid // HEADS * stride_kb + pid % HEADS * stride_kh, stride_kn, tiles_ptr, DK + DV, order_ptr,
-        evicted_ptr, weight_ptr, token, own_weight, begin, end, DK, TILE, BLOCK_E, BLOCK_DK,
+        value_ptr, stride_vn, out_value_ptr, tiles_ptr + DK, DK + DV, order_ptr, evicted_ptr, weight_ptr, token,
+        own_weight, begin, end, DV, TILE, BLOCK_E, BLOCK_DV,
     )  # fmt: skip
     _merge_row(
-        value_ptr + pid // HEADS * stride_vb + pid % HEADS * stride_vh, stride_vn, tiles_ptr + DK, DK + DV, order_ptr,
-        evicted_ptr, weight_ptr, token, own_weight, begin, end, DV, TILE, BLOCK_E, BLOCK_DV,
+        key_ptr, stride_kn, out_key_ptr, tiles_ptr, DK + DV, order_ptr, evicted_ptr, weight_ptr, token, own_weight,
+        begin, end, DK, TILE, BLOCK_E, BLOCK_DK,
     )  # fmt: skip
 
 
@@ -120,6 +137,8 @@ def merge_(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    out_key: Tensor | None = None,
+    out_value: Tensor | None = None,
 ) -> None:
     """See lookm_kernels.merge_."""
     batch, heads, kept_size = kept.shape
@@ -133,7 +152,8 @@ def merge_(
     tiles = max(1, evicted_size // TILE)
     widths = (key.shape[3], value.shape[3])
     sums = key.new_empty((batch, heads, tiles, sum(widths)), dtype=torch.float32)
-    strides = (*key.stride()[:3], *value.stride()[:3])
+    outs = (key, value) if out_key is None or out_value is None else (out_key, out_value)
+    strides, out_strides = ([stride for x in pair for stride in x.stride()[:3]] for pair in ((key, value), outs))
     blocks = {"BLOCK_DK": padded_width(widths[0], key.dtype), "BLOCK_DV": padded_width(widths[1], value.dtype)}
     lists = (order, evicted.contiguous(), evicted_weight.contiguous())
     _tile_kernel[(tiles * batch * heads,)](
@@ -141,6 +161,7 @@ def merge_(
         TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     _merge_kernel[(kept_size * batch * heads,)](
-        key, value, kept.contiguous(), starts, *lists, kept_weight.contiguous(), sums, *strides, heads, kept_size,
-        evicted_size, tiles, *widths, TILE=TILE, BLOCK_E=BLOCK_E, **blocks, num_warps=WARPS, enable_fp_fusion=False,
+        key, value, *outs, kept.contiguous(), starts, *lists, kept_weight.contiguous(), sums, *strides, *out_strides,
+        heads, kept_size, evicted_size, tiles, *widths, TILE=TILE, BLOCK_E=BLOCK_E, **blocks, IN_PLACE=out_key is None,
+        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

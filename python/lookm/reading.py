@@ -162,15 +162,16 @@ class Reading:
     def compress(self, plan: Plan, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of what is stored from now on, and the kept places [B, H, K] of the prompt, -1 for none."""
         policy, prompt, size = self.settings.policy, plan.prompt, max(plan.prompt.keep)
-        # copies: the model may still use its own, and a backward pass will
-        keys, values = (
-            rows[:, :, self.start :].detach().clone(memory_format=torch.contiguous_format)
-            for rows in (self.keys, self.values)
-        )
+        whole, stays = [], []
+        for rows in (self.keys.detach(), self.values.detach()):
+            whole.append(rows if rows.stride(-1) == 1 else rows.contiguous())
+            stays.append(rows.new_empty((*rows.shape[:2], self.start + size, rows.shape[3])))
+            stays[-1][:, :, : self.start] = rows[:, :, : self.start]
+        # not in place: the model may still use its own, and a backward pass will
+        keys, values, out_key, out_value = (rows[:, :, self.start :] for rows in (*whole, *stays))
         scores = policy.finish(scores, prompt)
-        kept = lookm_kernels.compress_(keys, values, scores, plan.tiers, prompt.keep, policy.rule, policy.gate)
-        return (
-            torch.cat([self.keys[:, :, : self.start], keys[:, :, :size]], 2),
-            torch.cat([self.values[:, :, : self.start], values[:, :, :size]], 2),
-            kept,
-        )
+        kept = lookm_kernels.compress_(
+            keys, values, scores, plan.tiers, prompt.keep, policy.rule, policy.gate, out_key=out_key,
+            out_value=out_value,
+        )  # fmt: skip
+        return stays[0], stays[1], kept
