@@ -161,12 +161,12 @@ def call(op: str, given: dict[str, Any], function: Callable[..., Any] | None = N
 def check_outs(run: Callable[..., object], key: Tensor, value: Tensor, kept_size: int) -> None:
     """run(key, value, out_key=..., out_value=...) writes what run(key, value) leaves in the first rows, and only that.
 
-    Outs full of NaN, in every layout; key and value keep their bits.
+    Outs full of NaN, in every layout (interpreted, which is slow, in the oddest); key and value keep their bits.
     """
     goal = key.clone(), value.clone()
     run(*goal)
     before = [memory(x).clone() for x in (key, value)]
-    for layout in LAYOUTS:
+    for layout in LAYOUTS[2:] if INTERPRETED else LAYOUTS:
         outs = new_outs({"key": key, "value": value}, kept_size, layout)
         around = [memory(out).clone() for out in outs.values()]
         run(key, value, **outs)
