@@ -13,7 +13,7 @@ OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))
 
-.PHONY: demo test test-oldest test-newest test-install families lint format bench gpu wheel clean help
+.PHONY: demo test test-suite test-interpreted test-oldest test-newest test-install families lint format bench gpu wheel clean help
 
 help:
 	@echo "make demo         a small vision-language model on a compressed cache; a table and a picture in $(OUT)/"
@@ -32,8 +32,13 @@ help:
 demo: $(VENV)/.ready
 	$(BIN)/lookm demo --out $(OUT)
 
-test: $(VENV)/.ready
+# two halves, which make -j2 runs beside each other
+test: test-suite test-interpreted
+
+test-suite: $(VENV)/.ready
 	$(BIN)/python -m pytest --durations=10
+
+test-interpreted: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OPS)
 
 test-oldest: $(OLDEST)/.ready
