@@ -270,38 +270,14 @@ def test_a_prompt_length_that_is_never_reached():
 
 
 @torch.no_grad()
-def test_a_forward_that_stops_half_way():
-    model, cache = copy.deepcopy(QWEN.model()), LookMCache(QWEN.model(), budget=0.3)
+def assert_a_stop_asks_for_a_reset(model, inputs: dict, inside: nn.Module) -> None:
+    """A forward that fails where `inside` begins; the next one says so, and after a reset all is as new."""
     cache = LookMCache(model, budget=0.3)
 
     def fail(*_):
         raise KeyError("half-way")
 
-    handle = model.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(KeyError, match="half-way"):
-        model(**REPEATING, past_key_values=cache)
-    handle.remove()
-    with pytest.raises(RuntimeError, match=r"did not come to its end.*cache.reset\(\)"):
-        model(**REPEATING, past_key_values=cache)
-    cache.reset()
-    expected = model(**REPEATING, past_key_values=LookMCache(model, budget=0.3)).logits
-    assert torch.equal(model(**REPEATING, past_key_values=cache).logits, expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
-def test_a_forward_that_stops_before_the_first_full_layer(name: str):
-    """Layers of other kinds have read it: sliding ones count their tokens, linear ones do not say."""
-    family = FAMILIES[name]
-    if not family.dynamic:
-        pytest.skip(f"transformers {transformers.__version__} has no DynamicCache for {name}")
-    model, inputs = copy.deepcopy(family.model()), family.inputs([family.prompt((20,))])
-    cache = LookMCache(model, budget=0.3)
-
-    def fail(*_):
-        raise KeyError("half-way")
-
-    handle = model.model.language_model.layers[0].mlp.register_forward_pre_hook(fail)
+    handle = inside.register_forward_pre_hook(fail)
     with pytest.raises(KeyError, match="half-way"):
         model(**inputs, past_key_values=cache)
     handle.remove()
@@ -310,6 +286,21 @@ def test_a_forward_that_stops_before_the_first_full_layer(name: str):
     cache.reset()
     expected = model(**inputs, past_key_values=LookMCache(model, budget=0.3)).logits
     assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+
+
+def test_a_forward_that_stops_half_way():
+    model = copy.deepcopy(QWEN.model())
+    assert_a_stop_asks_for_a_reset(model, REPEATING, model.model.layers[1])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_a_forward_that_stops_before_the_first_full_layer(name: str):
+    """Layers of other kinds have read it: sliding ones count their tokens, linear ones do not say."""
+    family = FAMILIES[name]
+    if not family.dynamic:
+        pytest.skip(f"transformers {transformers.__version__} has no DynamicCache for {name}")
+    model, inputs = copy.deepcopy(family.model()), family.inputs([family.prompt((20,))])
+    assert_a_stop_asks_for_a_reset(model, inputs, model.model.language_model.layers[0].mlp)
 
 
 @torch.no_grad()

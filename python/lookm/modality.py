@@ -99,8 +99,7 @@ def find_media(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor | No
     """
     ids = media_token_ids(model.config)
     tokens: Tensor | None = arguments.get("input_ids")
-    embeddings: Tensor | None = arguments.get("inputs_embeds")
-    length = (embeddings if tokens is None else tokens).shape[1]  # type: ignore[union-attr]
+    length = tokens_of(arguments).shape[1]  # type: ignore[union-attr]
     marked: Tensor | None = arguments.get("image_embeds_position_mask")
     if marked is not None and marked.shape[-1] == length:
         return (marked != 0).to(torch.int8)
@@ -109,7 +108,7 @@ def find_media(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor | No
     if tokens is None and typed:
         return types.to(torch.int8)  # type: ignore[union-attr]
     if tokens is None:
-        return _by_embedding(model, embeddings, ids)  # type: ignore[arg-type]
+        return _by_embedding(model, arguments["inputs_embeds"], ids)
     _refuse_unnamed(arguments, set(ids.values()) | ({IMAGE, AUDIO} if typed else set()))
     if ids:
         return _by_id(tokens, ids)
