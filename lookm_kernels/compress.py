@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lookm_kernels._checks import check_call, check_device, check_shape
+from lookm_kernels._checks import check_call, check_device, check_shape, require
 from lookm_kernels._dispatch import implementation, register_in_place
-from lookm_kernels.merge import check_apart, check_key_value, check_outs, given_outs
+from lookm_kernels.merge import (
+    check_apart,
+    check_given,
+    check_key_value,
+    check_outs,
+    check_vote_tensors,
+    given_outs,
+)
+from lookm_kernels.nearest import as_heads, check_group
 from lookm_kernels.rules import check_rule, merge_weights
 from lookm_kernels.select import check_selection, check_tier_values, per_row
+
+SIMILARITIES = ("key", "key_value")
 
 
 def compress_(
@@ -24,6 +35,12 @@ def compress_(
     rule: str = "pivotal",
     gate: str | None = None,
     *,
+    similarity: str = "key",
+    group: Tensor | None = None,
+    min_similarity: float | Tensor | None = None,
+    refine: int = 0,
+    votes: Tensor | None = None,
+    out_votes: Tensor | None = None,
     out_key: Tensor | None = None,
     out_value: Tensor | None = None,
 ) -> Tensor:
@@ -42,6 +59,11 @@ def compress_(
         keep: tokens to keep, one number or one per row.
         rule: name of a merge rule in rules.RULES ("none" evicts only).
         gate: None, or "mean_similarity" (see rules.merge_weights).
+        similarity: "key", cosine of the keys, or "key_value", the mean of that and of the cosine of the values.
+        group, min_similarity: which pivots a token may have; see nearest_kept. One that has none is evicted.
+        refine: rounds after the first in which pivots are found among the merged pairs instead of the kept ones, and
+            the original pairs merged anew; as in k-means the merged pairs move towards the middle of their tokens.
+        votes, out_votes: see merge_; votes go into the weights too.
         out_key, out_value: see merge_.
 
     Returns:
@@ -51,58 +73,87 @@ def compress_(
         TypeError, ValueError: as the ops above, and for an unknown rule or gate. Nothing is modified then.
     """
     check_call(key=key, value=value, scores=scores, tier=tier)
-    rest = scores, tier, per_row(keep), rule, gate, *given_outs(out_key, out_value)
+    check_given(group=group, votes=votes, out_votes=out_votes)
+    how = similarity, group, as_heads(key, min_similarity), refine, votes, out_votes
+    rest = scores, tier, per_row(keep), rule, gate, *how, *given_outs(out_key, out_value)
     return torch.ops.lookm.compress_(key, value, *rest)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class _How:
+    """How pairs merge: arguments of compress_ behind keep, in its order."""
+
+    rule: str
+    gate: str | None
+    similarity: str
+    group: Tensor | None
+    min_similarity: Tensor | None
+    refine: int
+    votes: Tensor | None
+    out_votes: Tensor | None
+
+
 def _check(
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    tier: Tensor,
-    keep: list[int],
-    rule: str,
-    gate: str | None,
-    *outs: Tensor,
+    key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], how: _How, outs: tuple[Tensor, ...]
 ) -> None:
     check_key_value(key, value, outs)
     check_device("key", key, scores=scores, tier=tier)
     check_selection(scores, tier, keep)
     check_shape("scores", scores, key.shape[:3], "B H N")
-    check_rule(rule, gate)
+    check_rule(how.rule, how.gate)
+    require(how.similarity in SIMILARITIES, "similarity", f"one of {list(SIMILARITIES)}", how.similarity)
+    whole = isinstance(how.refine, int) and not isinstance(how.refine, bool) and how.refine >= 0
+    require(whole, "refine", "a number of rounds, 0 or more", how.refine)
+    check_group(key, how.group, how.min_similarity)
+    check_vote_tensors(key, max(keep), how.votes, how.out_votes)
     check_outs(key, value, max(keep), outs)
 
 
-def _run(
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    tier: Tensor,
-    keep: list[int],
-    rule: str,
-    gate: str | None,
-    *outs: Tensor,
-) -> Tensor:
-    _check(key, value, scores, tier, keep, rule, gate, *outs)
+def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], *rest: Any) -> Tensor:
+    how, outs = _How(*rest[:8]), rest[8:]
+    _check(key, value, scores, tier, keep, how, outs)
     check_apart(key, value, *outs)
     check_tier_values(tier)
     lists: tuple[Tensor, Tensor] = implementation("select_tokens", "select", scores)(scores, tier, keep)
     kept, evicted = lists
-    # "none" changes no kept row: its pivots need not be found
-    if rule != "none":
-        pivot, similarity = implementation("nearest_kept", "nearest", key)(key, kept, evicted)
-        weights = merge_weights(rule, similarity, pivot, kept, gate)
-        del similarity
-        implementation("merge_", "merge", key, value)(key, value, kept, evicted, pivot, *weights, *outs)
+    if how.rule != "none":
+        _merge(key, value, kept, evicted, how, outs)
+    elif how.out_votes is not None:
+        # it changes no kept row, and its pivots need not be found
+        own = torch.ones_like(how.out_votes) if how.votes is None else how.votes.gather(2, kept.clamp(min=0).long())
+        how.out_votes.copy_(own.masked_fill(kept < 0, 0.0))
     # outs were written by the merge, row for row
-    if rule == "none" or not outs:
+    if how.rule == "none" or not outs:
         implementation("compact_", "compact", key, value)(key, value, kept, *outs)
     return kept
 
 
+def _merge(key: Tensor, value: Tensor, kept: Tensor, evicted: Tensor, how: _How, outs: tuple[Tensor, ...]) -> None:
+    nearest = implementation("nearest_kept", "nearest", key)
+    merge = implementation("merge_", "merge", key, value)
+    values = value if how.similarity == "key_value" else None
+    # the originals are needed again: a round that is not the last writes elsewhere
+    merged = outs or (tuple(x.new_empty((*kept.shape, x.shape[3])) for x in (key, value)) if how.refine else ())
+    for round in range(how.refine + 1):
+        last = round == how.refine
+        compared = (None, None) if round == 0 else (merged[0], None if values is None else merged[1])
+        pivot, similarity = nearest(key, kept, evicted, values, how.group, how.min_similarity, *compared)
+        weights = merge_weights(how.rule, similarity, pivot, kept, how.gate, evicted=evicted, votes=how.votes)
+        del similarity
+        into, counted = (outs, how.out_votes) if last else (merged, None)
+        merge(key, value, kept, evicted, pivot, *weights, how.votes, counted, *into)
+
+
 def _fake(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], *rest: Any) -> Tensor:
-    _check(key, value, scores, tier, keep, *rest)
+    _check(key, value, scores, tier, keep, _How(*rest[:8]), rest[8:])
     return scores.new_empty((*scores.shape[:2], max(keep)), dtype=torch.int32)
 
 
-register_in_place("compress_", "Tensor scores, Tensor tier, SymInt[] keep, str rule, str? gate", "Tensor", _run, _fake)
+register_in_place(
+    "compress_",
+    "Tensor scores, Tensor tier, SymInt[] keep, str rule, str? gate, str similarity, Tensor? group, "
+    "Tensor? min_similarity, int refine, Tensor? votes, Tensor(c!)? out_votes",
+    "Tensor",
+    _run,
+    _fake,
+)

@@ -21,6 +21,7 @@ from lookm_kernels._checks import (
 )
 from lookm_kernels._dispatch import implementation, register_in_place
 from lookm_kernels.nearest import check_lists
+from lookm_kernels.rules import check_votes
 
 
 def merge_(
@@ -32,6 +33,8 @@ def merge_(
     evicted_weight: Tensor,
     kept_weight: Tensor,
     *,
+    votes: Tensor | None = None,
+    out_votes: Tensor | None = None,
     out_key: Tensor | None = None,
     out_value: Tensor | None = None,
 ) -> None:
@@ -53,6 +56,12 @@ def merge_(
         pivot: [B, H, E] int32, places in `kept` as nearest_kept gives them; -1 merges nowhere.
         evicted_weight, kept_weight: [B, H, E] and [B, H, K] float32 (float64 for float64 keys); see
             rules.merge_weights.
+        votes: [B, H, N] float32, how many tokens each pair stands for, 0 or more; None: one each. The weights should be
+            made with them.
+        out_votes: [B, H, K] float32 contiguous, written where it is given: votes[kept[c]] + the sum of votes[e] over
+            the e with pivot c and a weight other than 0; 0 where kept[c] is -1. In attention over the merged pairs the
+            logarithm of the votes belongs into the logits (proportional attention, ToMe, arXiv 2210.09461; KeepKV,
+            arXiv 2504.09936): equal pairs that merged then weigh as they did apart.
         out_key, out_value: both or neither, [B, H, K, D] and [B, H, K, Dv] of the dtype of key and of value, unit last
             stride, written; their memory lies before or behind that of key and that of value.
 
@@ -64,8 +73,15 @@ def merge_(
     """
     check_call(key=key, value=value, kept=kept, evicted=evicted, pivot=pivot)
     check_call(evicted_weight=evicted_weight, kept_weight=kept_weight)
+    check_given(votes=votes, out_votes=out_votes)
     outs = given_outs(out_key, out_value)
-    torch.ops.lookm.merge_(key, value, kept, evicted, pivot, evicted_weight, kept_weight, *outs)
+    op = torch.ops.lookm.merge_
+    op(key, value, kept, evicted, pivot, evicted_weight, kept_weight, votes, out_votes, *outs)
+
+
+def check_given(**tensors: Tensor | None) -> None:
+    """check_call of the tensors that are given."""
+    check_call(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def given_outs(out_key: Tensor | None, out_value: Tensor | None) -> tuple[Tensor, ...]:
@@ -112,6 +128,20 @@ def check_outs(key: Tensor, value: Tensor, kept_size: int, outs: tuple[Tensor, .
         check_in_place(argument, out)
 
 
+def check_vote_tensors(key: Tensor, kept_size: int, votes: Tensor | None, out_votes: Tensor | None) -> None:
+    """Votes of the tokens of `key` and where those of the kept ones are to be written; None is right too."""
+    if votes is not None:
+        check_votes(votes, key.shape[:3])
+        check_device("key", key, votes=votes)
+    if out_votes is not None:
+        check_tensor("out_votes", out_votes, "B H K", (torch.float32,))
+        check_shape("out_votes", out_votes, (*key.shape[:2], kept_size), "B H K")
+        require(out_votes.is_contiguous(), "out_votes", "contiguous", out_votes)
+        check_device("key", key, out_votes=out_votes)
+        apart = votes is None or not overlap(out_votes, votes)
+        require(apart, "out_votes", "in other memory than `votes`, which is only read", out_votes)
+
+
 def _check(
     key: Tensor,
     value: Tensor,
@@ -120,6 +150,8 @@ def _check(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    votes: Tensor | None,
+    out_votes: Tensor | None,
     *outs: Tensor,
 ) -> None:
     check_key_value(key, value, outs)
@@ -132,6 +164,7 @@ def _check(
         check_tensor(argument, weight, dims, (accumulation_dtype(key.dtype),))
         check_shape(argument, weight, shape, dims)
     check_device("key", key, evicted_weight=evicted_weight, kept_weight=kept_weight)
+    check_vote_tensors(key, kept.shape[2], votes, out_votes)
     check_outs(key, value, kept.shape[2], outs)
 
 
@@ -143,21 +176,24 @@ def _run(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    votes: Tensor | None,
+    out_votes: Tensor | None,
     *outs: Tensor,
 ) -> None:
-    rest = kept, evicted, pivot, evicted_weight, kept_weight, *outs
-    _check(key, value, *rest)
+    lists = kept, evicted, pivot, evicted_weight, kept_weight
+    _check(key, value, *lists, votes, out_votes, *outs)
     check_apart(key, value, *outs)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
     check_indices("evicted", evicted, key.shape[2])
     check_indices("pivot", pivot, kept.shape[2])
-    implementation("merge_", "merge", key, value)(key, value, *rest)
+    implementation("merge_", "merge", key, value)(key, value, *lists, votes, out_votes, *outs)
 
 
 register_in_place(
     "merge_",
-    "Tensor kept, Tensor evicted, Tensor pivot, Tensor evicted_weight, Tensor kept_weight",
+    "Tensor kept, Tensor evicted, Tensor pivot, Tensor evicted_weight, Tensor kept_weight, Tensor? votes, "
+    "Tensor(c!)? out_votes",
     "()",
     _run,
     _check,

@@ -65,7 +65,14 @@ def check_rule(rule: str, gate: str | None) -> None:
 
 
 def merge_weights(
-    rule: str, similarity: Tensor, pivot: Tensor, kept: Tensor, gate: str | None = None
+    rule: str,
+    similarity: Tensor,
+    pivot: Tensor,
+    kept: Tensor,
+    gate: str | None = None,
+    *,
+    evicted: Tensor | None = None,
+    votes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights of one merge, as merge_ takes them.
 
@@ -73,8 +80,12 @@ def merge_weights(
     kept [B, H, K] int32. Returns evicted_weight [B, H, E] and kept_weight [B, H, K] of similarity's dtype.
 
     gate="mean_similarity" merges a token only where its similarity, averaged over the heads at the same place of the
-    evicted lists, is at least the row's mean; the others have weight 0 and do not count in n. ValueError for an
-    unknown name.
+    evicted lists, is at least the row's mean; the others have weight 0 and do not count in n.
+
+    votes [B, H, N] float32, with the lists evicted [B, H, E] int32: how many tokens each pair stands for. n is then the
+    sum of the votes that merge into a pivot, in votes of the pivot, and w_e counts v_e / v_c times: the rule is that of
+    the tokens themselves, so "average" gives (v_c x_c + sum v_e x_e) / (v_c + sum v_e). ValueError for an unknown name,
+    or votes without evicted.
     """
     check_rule(rule, gate)
     check_call(similarity=similarity, pivot=pivot, kept=kept)
@@ -91,12 +102,33 @@ def merge_weights(
     count = torch.zeros(kept.shape, dtype=similarity.dtype, device=kept.device)
     if kept.shape[-1] == 0:
         return torch.zeros_like(similarity), count
-    count.scatter_add_(-1, place, merging.to(count.dtype))
+    share = _votes_per_pivot(votes, evicted, kept, place, similarity) if votes is not None else None
+    count.scatter_add_(-1, place, merging.to(count.dtype) if share is None else share.masked_fill(~merging, 0.0))
     with without_autocast(similarity.device):
         evicted_weight, kept_weight = RULES[rule](similarity, count.gather(-1, place), count)
     for which, weight, shape in (("first", evicted_weight, similarity.shape), ("second", kept_weight, kept.shape)):
         require(weight.shape == shape, "rule", f"a function whose {which} result is {list(shape)}", weight)
+    if share is not None:
+        evicted_weight = evicted_weight * share
     return evicted_weight.masked_fill(~merging, 0.0), kept_weight
+
+
+def check_votes(votes: Tensor, shape: torch.Size) -> None:
+    """Votes [B, H, N] float32 of tokens [B, H, N]."""
+    check_tensor("votes", votes, "B H N", (torch.float32,))
+    check_shape("votes", votes, shape, "B H N")
+
+
+def _votes_per_pivot(votes: Tensor, evicted: Tensor | None, kept: Tensor, place: Tensor, similarity: Tensor) -> Tensor:
+    """[B, H, E]: votes of each evicted token in votes of its pivot, place [B, H, E] in the list kept."""
+    require(evicted is not None, "evicted", "the lists [B, H, E] where `votes` are given", evicted)
+    check_call(votes=votes, evicted=evicted)
+    check_tensor("evicted", evicted, "B H E", (torch.int32,))  # type: ignore[arg-type]
+    check_shape("evicted", evicted, similarity.shape, "B H E")  # type: ignore[arg-type]
+    check_votes(votes, torch.Size((*kept.shape[:2], votes.shape[-1])))
+    own = votes.gather(-1, evicted.clamp(min=0).long())  # type: ignore[union-attr]
+    pivots = votes.gather(-1, kept.clamp(min=0).long()).gather(-1, place)
+    return (own / pivots).to(similarity.dtype)
 
 
 def _at_least_mean(similarity: Tensor, listed: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from families import FAMILIES, HEAD_DIM, IMAGE, image_mask
 from loops import column_sums, visible
 
 import lookm
-from lookm import POLICIES, Attention, LookMCache, Policy, Prompt, register_policy
+from lookm import POLICIES, Attention, LookMCache, Pairs, Policy, Prompt, register_policy
 from lookm.budget import parse_budget
 from lookm.forward import Forward
 from lookm.layer import LookMLayer
@@ -25,13 +25,14 @@ from lookm.policy import ALIASES, DESCRIPTIONS
 
 PLAIN = {
     "recent_share": 0.5, "sinks": 0, "text_prior": False, "rule": "none", "gate": None, "protect_text": False,
-    "queries": "all", "stride": 8, "phase": 0, "fp8": False,
+    "queries": "all", "stride": 8, "phase": 0, "fp8": False, "votes": False, "similarity": "key", "group": None,
+    "min_similarity": None, "refine": 0, "floor": 0, "grid": 0.0, "visit_power": 0.0,
 }  # fmt: skip
 SNAPKV = {"window": None, "kernel_size": 5, "pooling": "average"}
 DEFAULTS = {
     "full": {},
     "h2o": {},
-    "mean_h2o": {},
+    "mean_h2o": {"visit_power": 1.0},
     "snapkv": SNAPKV,
     "streaming": {"sinks": 4, "recent_share": 1.0},
     "avg_merge": {"rule": "average", "sinks": 4},
@@ -213,6 +214,11 @@ MASKINGS = {
 }
 
 
+def finished(policy: Policy, given: Attention) -> Tensor:
+    sums = policy.score(given)
+    return policy.finish(Pairs(given.prompt, given.key, given.key, sums, sums))
+
+
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("queries", [13, 5])
 def test_mean_h2o_is_attention_over_visits(masking: str, queries: int):
@@ -224,7 +230,7 @@ def test_mean_h2o_is_attention_over_visits(masking: str, queries: int):
     given = attention(policy, queries, valid, **arguments)
     weight = torch.ones(2, queries) if valid is None else valid[:, -queries:].float()
     sums, visits = by_loops(given, seen[:, -queries:].expand(2, -1, -1), weight)
-    ours = policy.finish(policy.score(given), given.prompt)
+    ours = finished(policy, given)
     there = torch.ones(2, 13, dtype=torch.bool) if valid is None else valid
     expected = (sums / visits.clamp(min=1)).masked_fill(~there[:, None], 0)
     torch.testing.assert_close(ours.double(), expected.double(), atol=1e-5, rtol=1e-5)
@@ -234,7 +240,7 @@ def test_mean_h2o_is_attention_over_visits(masking: str, queries: int):
 def test_snapkv_looks_from_the_window_and_pools_what_is_before(options: dict):
     policy = type(POLICIES["snapkv"])(**options)
     given = attention(policy, 13, LEFT, key_start=torch.tensor([4, 0], dtype=torch.int32))
-    ours = policy.finish(policy.score(given), given.prompt)
+    ours = finished(policy, given)
     window, half = policy.window or given.prompt.recent[0], policy.kernel_size // 2
     weight = (torch.arange(13) >= 13 - window).float().expand(2, -1)
     sums, _ = by_loops(given, CAUSAL & LEFT[:, None], weight)

@@ -149,7 +149,7 @@ def test_to_dict_is_json():
         "layer": 2, "compressed": True, "rows": 2, "places": 11, "seen": 60, "kept": 17, "evicted": 43, "later": 0,
         **{f"{name}_{medium}": 0 for name in ("seen", "kept", "later") for medium in MEDIA},
         "seen_text": 44, "seen_image": 16, "kept_text": 17,
-        "bytes": 2 * 11 * TOKEN, "bytes_full": 2 * 39 * TOKEN, "later_bytes": 0,
+        "bytes": 2 * 11 * TOKEN, "bytes_full": 2 * 39 * TOKEN, "later_bytes": 0, "merged": 0,
     }  # fmt: skip
 
 

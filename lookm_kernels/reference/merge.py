@@ -18,10 +18,14 @@ def merge_(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    votes: Tensor | None = None,
+    out_votes: Tensor | None = None,
     out_key: Tensor | None = None,
     out_value: Tensor | None = None,
 ) -> None:
     """See lookm_kernels.merge_. A few heads at a time, which bounds the memory."""
+    if out_votes is not None:
+        _sum_votes(kept, evicted, pivot, evicted_weight, votes, out_votes)
     if out_key is None or out_value is None:
         outs, target = (key, value), kept.long()
     else:
@@ -37,6 +41,25 @@ def merge_(
                 ((key[here], outs[0][here]), (value[here], outs[1][here])), target[here], *lists,
                 evicted_weight[here], kept_weight[here],
             )  # fmt: skip
+
+
+def _sum_votes(
+    kept: Tensor, evicted: Tensor, pivot: Tensor, evicted_weight: Tensor, votes: Tensor | None, out: Tensor
+) -> None:
+    """out [B, H, K]: votes of every kept token and of those that merge into it, in the order of the evicted list."""
+    merges = (evicted >= 0) & (pivot >= 0) & (evicted_weight != 0)
+    size = kept.shape[-1]
+    group = torch.where(merges, pivot, size).long()
+    order = group.argsort(dim=-1, stable=True)
+    lengths = torch.zeros((*kept.shape[:2], size + 1), dtype=torch.long, device=kept.device)
+    lengths.scatter_add_(-1, group, torch.ones_like(group))
+    if votes is None:
+        out.copy_((1 + lengths[..., :size]).masked_fill(kept < 0, 0))
+        return
+    moving = votes.gather(-1, evicted.clamp(min=0).long().gather(-1, order))
+    sums = torch.segment_reduce(moving.flatten(), "sum", lengths=lengths.flatten(), axis=0, unsafe=True, initial=0)
+    own = votes.gather(-1, kept.clamp(min=0).long())
+    out.copy_((own + sums.view(lengths.shape)[..., :size]).masked_fill(kept < 0, 0.0))
 
 
 def _merge_heads(

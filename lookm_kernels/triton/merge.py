@@ -137,6 +137,8 @@ def merge_(
     pivot: Tensor,
     evicted_weight: Tensor,
     kept_weight: Tensor,
+    votes: Tensor | None = None,
+    out_votes: Tensor | None = None,
     out_key: Tensor | None = None,
     out_value: Tensor | None = None,
 ) -> None:

@@ -75,7 +75,16 @@ def _nearest_kernel(
     tl.store(similarity_ptr + pid * EVICTED + e, tl.where(merges, best * inverse, 0.0), mask=e < EVICTED)
 
 
-def nearest_kept(key: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_kept(
+    key: Tensor,
+    kept: Tensor,
+    evicted: Tensor,
+    value: Tensor | None = None,
+    group: Tensor | None = None,
+    min_similarity: Tensor | None = None,
+    kept_key: Tensor | None = None,
+    kept_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See lookm_kernels.nearest_kept."""
     batch, heads, tokens, width = key.shape
     pivot = torch.empty_like(evicted, memory_format=torch.contiguous_format)

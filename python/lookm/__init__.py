@@ -7,8 +7,10 @@ from lookm import _requirements  # noqa: F401  (before anything that imports tra
 from lookm.errors import check_torchvision
 
 if TYPE_CHECKING:
+    from lookm.attention import Attention, Pairs
     from lookm.cache import LookMCache
-    from lookm.policy import POLICIES, Attention, Policy, Prompt, register_policy
+    from lookm.policy import POLICIES, Merging, Policy, register_policy
+    from lookm.prompt import Prompt
     from lookm.report import LayerReport, Report
     from lookm.switch import disable, enable
     from lookm.turns import next_turn
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
 # imported when first asked for: the command line answers --help without torch and transformers
 _HOME = {
     "POLICIES": "lookm.policy",
-    "Attention": "lookm.policy",
+    "Attention": "lookm.attention",
     "LayerReport": "lookm.report",
     "LookMCache": "lookm.cache",
+    "Merging": "lookm.policy",
+    "Pairs": "lookm.attention",
     "Policy": "lookm.policy",
-    "Prompt": "lookm.policy",
+    "Prompt": "lookm.prompt",
     "Report": "lookm.report",
     "__version__": "lookm_kernels._version",
     "disable": "lookm.switch",
@@ -35,6 +39,8 @@ __all__ = [
     "Attention",
     "LayerReport",
     "LookMCache",
+    "Merging",
+    "Pairs",
     "Policy",
     "Prompt",
     "Report",

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from lookm import policies as _registers_the_policies  # noqa: F401
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
-from lookm.layer import NO_ASSISTANT, NOT_INTERCEPTED, LookMLayer
+from lookm.layer import LookMLayer
 from lookm.masks import is_4d
 from lookm.modality import (
     cache_argument,
@@ -30,7 +30,9 @@ from lookm.modality import (
 from lookm.observe import install, over_generate
 from lookm.plan import Settings
 from lookm.policy import Policy, is_count, resolve_policy
+from lookm.refusals import NO_ASSISTANT, NOT_INTERCEPTED
 from lookm.report import Report, layer_report
+from lookm.segments import item_starts
 
 DEFAULT_BUDGET = 0.2
 LATER_TURNS = ("dense", "segment")
@@ -183,7 +185,9 @@ class LookMCache(DynamicCache):
         given = state.given_image_mask
         known = given is not None and layer.seen < given.shape[1]
         own_mask = isinstance(mask, dict) or bool(own_masks)
-        state.begin(layer.seen, queries, None if known else find_media(model, arguments), own_mask)
+        media = None if known else find_media(model, arguments)
+        starts = None if media is None else item_starts(media, arguments, model.config)
+        state.begin(layer.seen, queries, media, starts, own_mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end_forward(self, model: PreTrainedModel, arguments: dict[str, Any], finished: bool) -> None:

@@ -19,7 +19,8 @@ Made = TypeVar("Made")
 
 @dataclass
 class Forward:
-    """media [B, q] int8 (None: text) and valid [B, q] bool (None: all) of the q tokens after the first `begun` ones.
+    """media [B, q] int8 (None: text), starts [B, q] bool (None: unknown, see lookm.segments) and valid [B, q] bool
+        (None: all) of the q tokens after the first `begun` ones.
 
     given_image_mask: [B, tokens] bool by the user, instead of what the model's inputs say of these tokens.
     prompt_length: declared length of a prompt that comes in chunks; None: the first forward is the whole prompt.
@@ -45,6 +46,7 @@ class Forward:
     token_count: int = 0
     begun: int | None = None
     media: Tensor | None = None
+    starts: Tensor | None = None
     masked: tuple[int, int] | None = None
     valid: Tensor | None = None
     hidden: Tensor | None = None
@@ -58,14 +60,16 @@ class Forward:
         # a copy makes its own: weak references cannot be copied
         return self.__dict__ | {"shared": {}, "plain": [], "sound": []}
 
-    def begin(self, seen: int, length: int, media: Tensor | None, own_mask: bool = False) -> None:
+    def begin(
+        self, seen: int, length: int, media: Tensor | None, starts: Tensor | None = None, own_mask: bool = False
+    ) -> None:
         """The model is about to read `length` tokens from position `seen` on; media None: all of them are text."""
         self.forget()
-        self.begun, self.length, self.media, self.own_mask = seen, length, media, own_mask
+        self.begun, self.length, self.media, self.starts, self.own_mask = seen, length, media, starts, own_mask
 
     def forget(self) -> None:
         """No forward was seen yet."""
-        self.begun = self.media = self.masked = None
+        self.begun = self.media = self.starts = self.masked = None
         self.length = 0
         self._forget_masks()
 
@@ -160,8 +164,17 @@ class Forward:
             media = self.media
         if media.shape[1] != length or batch % media.shape[0]:
             raise RuntimeError(f"lookm: image mask {list(media.shape)} does not fit the new keys {list(keys.shape)}")
+        return self._for_rows("media", media, seen, keys)
+
+    def starts_at(self, seen: int, keys: Tensor) -> Tensor:
+        """[B, q] bool, whether each of the q new keys begins an image right after another one."""
+        if self.begun != seen or self.starts is None or self.starts.shape[1] != keys.shape[-2]:
+            return keys.new_zeros((keys.shape[0], keys.shape[-2]), dtype=torch.bool)
+        return self._for_rows("starts", self.starts, seen, keys)
+
+    def _for_rows(self, name: str, noted: Tensor, seen: int, keys: Tensor) -> Tensor:
         # beam search and num_return_sequences repeat the rows after the user gave a mask
-        repeats, device = batch // media.shape[0], keys.device
+        repeats, device = keys.shape[0] // noted.shape[0], keys.device
         return self.once(
-            ("media", seen, length, repeats, device), lambda: media.to(device).repeat_interleave(repeats, 0)
+            (name, seen, noted.shape[1], repeats, device), lambda: noted.to(device).repeat_interleave(repeats, 0)
         )

@@ -12,40 +12,20 @@ from transformers.cache_utils import DynamicLayer
 from lookm.forward import Forward
 from lookm.masks import causal_without_mask, hide_places, is_4d, stored_mask, visible
 from lookm.observe import offset_of, tag
+from lookm.own_attention import Held, attend, what_is_seen
 from lookm.plan import Plan, Settings
 from lookm.reading import Reading
-
-NOT_INTERCEPTED = (
-    "lookm: the attention call that followed Cache.update was not intercepted, so the prompt could not be scored. The "
-    "model uses an attention function of its own, or changes the keys between update and attention: not supported."
-)
-TWICE = (
-    "lookm: a layer attended a second time in one forward (differential attention, say); scores of one of its calls "
-    "would not describe what it attended to: not supported"
-)
-STORED_TWICE = (
-    "lookm: a layer stored keys a second time in one forward (a model that loops over its layers): not supported"
-)
-NOT_CROPPABLE = (
-    "lookm: only tokens after the compressed prompt can be cropped, it ends at position {floor} and the crop at {end}"
-)
-NO_ASSISTANT = (
-    "lookm: assisted (speculative) decoding is not supported: its draft tokens arrive with the prompt and would be "
-    "compressed with it. (A prompt read with logits_to_keep > 1 looks the same; read it with 0 or 1.)"
-)
-MASK_TOO_SHORT = (
-    "`attention_mask` must cover the {seen} tokens read before and the {queries} new ones: [batch, {total}] or more, "
-    "got {got}"
-)
-SHOWS_PADDING = "`attention_mask` must not show tokens that it hid when they were read: they are not in the cache"
-HIDES_CHUNK = "`attention_mask` must not hide tokens that it showed in an earlier chunk of the same prompt"
-HIDES_MERGED = (
-    "`attention_mask` hides tokens of the compressed prompt that it showed when they were read. They were merged into "
-    "pairs that stand for others too, and cannot be taken out; rule='none' (a policy without merging) can do that"
-)
-MASKED_PAST = (
-    "lookm: this model's mask does not let every new token see every token before it (a mask function of its own); "
-    "over a compressed cache that cannot be followed: not supported"
+from lookm.refusals import (
+    HIDES_CHUNK,
+    HIDES_MERGED,
+    MASK_TOO_SHORT,
+    MASKED_PAST,
+    NO_ASSISTANT,
+    NOT_CROPPABLE,
+    NOT_INTERCEPTED,
+    SHOWS_PADDING,
+    STORED_TWICE,
+    TWICE,
 )
 
 
@@ -56,15 +36,20 @@ class LookMLayer(DynamicLayer):
     empty places first); kept [B, H, k] int32: original positions of the first k stored places, -1 for an empty one;
     media [B, <= seen] int8: the medium of each token seen (later ones are text); shown [B, <= seen] bool or None:
     tokens that were no padding when they were read (later ones were not); seen: tokens read so far, padding included;
-    evicted: positions of the prompts of which a part was evicted.
+    starts [B, <= seen] bool: tokens that begin an image right after another one; votes [B, H, k] float32 or None: how
+    many tokens each of the first k stored pairs stands for (later ones: 1), key_bias: their logarithm; evicted:
+    positions of the prompts of which a part was evicted.
     """
 
     keys: Any
     values: Any
     media: Any
+    starts: Any
     scores: Any
     is_croppable = False  # not as a whole: see crop
-    _row_tensors = ("keys", "values", "valid", "kept", "media", "scores", "shown")
+    _row_tensors = (
+        "keys", "values", "valid", "kept", "media", "starts", "scores", "shown", "votes", "key_bias",
+    )  # fmt: skip
 
     def __init__(self, settings: Settings, forward: Forward) -> None:
         super().__init__()
@@ -76,7 +61,9 @@ class LookMLayer(DynamicLayer):
         self.is_initialized = False
         self.valid: Tensor | None = None
         self.kept: Tensor | None = None
-        self.media = self.scores = None
+        self.media = self.starts = self.scores = None
+        self.votes: Tensor | None = None
+        self.key_bias: Tensor | None = None
         self.shown: Tensor | None = None
         self.seen = 0
         self.compressed = False
@@ -94,6 +81,11 @@ class LookMLayer(DynamicLayer):
     def image(self) -> Any:
         """[B, <= seen] bool: tokens that stand for an image, a video or audio; None before any was read."""
         return None if self.media is None else self.media > 0
+
+    @property
+    def attends_by_itself(self) -> bool:
+        """Whether transformers' attention cannot do it: pairs have votes, or layers keep numbers of their own."""
+        return self.votes is not None or (self.settings.policy.uneven and bool(self.evicted))
 
     @property
     def padding(self) -> Tensor | None:
@@ -173,9 +165,10 @@ class LookMLayer(DynamicLayer):
         """
         if not self.compressed:
             raise ValueError(HIDES_CHUNK)
-        if any(bool(hidden[:, tokens.start : tokens.stop].any()) for tokens in self.evicted):
-            if self.settings.policy.rule != "none":
-                raise ValueError(HIDES_MERGED)
+        reaches = any(bool(hidden[:, tokens.start : tokens.stop].any()) for tokens in self.evicted)
+        if reaches and self.settings.policy.rule != "none":
+            raise ValueError(HIDES_MERGED)
+        if reaches or self.attends_by_itself:
             self.forward.hidden = hidden
             return self.valid
         places = self._places_of(hidden)[:, 0]
@@ -199,7 +192,8 @@ class LookMLayer(DynamicLayer):
         reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
         self._note_padding(self.forward.valid_at(self.seen, new), key_states)
         if reading or new > 1:
-            self._note_media(self.forward.media_at(self.seen, key_states))
+            self.media = _grown(self.media, self.forward.media_at(self.seen, key_states), self.seen, 0)
+            self.starts = _grown(self.starts, self.forward.starts_at(self.seen, key_states), self.seen, 0)
         if self.is_initialized:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
@@ -214,7 +208,7 @@ class LookMLayer(DynamicLayer):
             self.is_initialized = True
         self.seen += new
         if not reading:
-            unusual = self.forward.masks(self.seen - new, new) and self.forward.unusual
+            unusual = self.attends_by_itself or (self.forward.masks(self.seen - new, new) and self.forward.unusual)
             return tag(self.keys, self.follow) if unusual else self.keys, self.values
         if self.compressed:
             self.compressed, self.segment_start = False, self.stored - new
@@ -225,16 +219,9 @@ class LookMLayer(DynamicLayer):
         if valid is None and self.valid is None:
             return
         new = keys.new_ones(keys.shape[0], keys.shape[-2], dtype=torch.bool) if valid is None else valid.to(keys.device)
-        self.valid = torch.cat([_padded(self.valid, new, self.stored), new], 1)
+        self.valid = _grown(self.valid, new, self.stored, 1)
         if valid is not None:
-            self.shown = torch.cat([_padded(self.shown, new, self.seen), new], 1)
-
-    def _note_media(self, media: Tensor) -> None:
-        if self.media is None:
-            known = media.new_zeros(media.shape[0], self.seen)
-        else:
-            known = torch.nn.functional.pad(self.media, (0, self.seen - self.media.shape[1]))
-        self.media = torch.cat([known, media], 1)
+            self.shown = _grown(self.shown, new, self.seen, 1)
 
     # a compiled model calls it as it is: it decides by numbers of the host
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -251,13 +238,17 @@ class LookMLayer(DynamicLayer):
         remaining = 0 if declared is None or self.seen > declared else declared - self.seen
         if declared is not None and self.seen > declared and self.segment_start == 0:
             raise ValueError(f"`prompt_length` is {declared}, but the prompt has {self.seen} tokens already")
-        image = self.image[:, self.seen - (self.stored - self.segment_start) :]
-        reading = Reading(self.settings, self.forward, self.keys, self.values, self.valid, image, self.seen)
+        prompt = slice(self.seen - (self.stored - self.segment_start), None)
+        held = self._held() if self.attends_by_itself else None
+        reading = Reading(
+            self.settings, self.forward, self.keys, self.values, self.valid, self.image[:, prompt],
+            self.starts[:, prompt], self.seen, held,
+        )  # fmt: skip
         queries = query.shape[2]
         plan = reading.plan(mask, implementation, queries, remaining)
         if reading.masked_by_user(mask, queries) and plan.valid is not None:
             self.valid, new = plan.valid, plan.valid[:, -queries:]
-            self.shown = torch.cat([_padded(self.shown, new, self.seen - queries), new], 1)
+            self.shown = _grown(self.shown, new, self.seen - queries, 1)
         output, scores = reading.attend(plan, inner, implementation, module, query, key, value, mask, *args, **kwargs)
         if scores is not None and self.scores is not None:
             scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
@@ -271,9 +262,19 @@ class LookMLayer(DynamicLayer):
         self, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor,
         mask: Any, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Called by the attention overlay where this forward has an unusual mask, over what was compressed before."""
+        """Called by the attention overlay over what was compressed before, where that is not the model's own affair."""
         mask = self._follow(implementation, module, query, mask, kwargs)
-        return inner(module, query, key, value, mask, *args, **kwargs)
+        if not self.attends_by_itself:
+            return inner(module, query, key, value, mask, *args, **kwargs)
+        held = self._held()
+        seen = what_is_seen(held, self.forward, self.seen, implementation, module, query, mask, kwargs)
+        return attend(held, query, seen, kwargs)[0], None
+
+    def _held(self) -> Held:
+        hidden = self.forward.hidden
+        return Held(
+            self.keys, self.values, self.valid, None if hidden is None else self._places_of(hidden), self.key_bias
+        )
 
     def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
         """The mask of an attention call, made true for what this layer holds."""
@@ -282,7 +283,7 @@ class LookMLayer(DynamicLayer):
             return mask
         if not self.forward.is_sound(mask):
             raise NotImplementedError(MASKED_PAST)
-        if self.forward.hidden is None:
+        if self.forward.hidden is None or self.attends_by_itself:
             return mask
         causal = causal_without_mask(implementation, module, arguments.get("is_causal"))
         return hide_places(mask, self._places_of(self.forward.hidden), implementation, query, causal)
@@ -291,9 +292,12 @@ class LookMLayer(DynamicLayer):
         """Replace the prompt, or the segment, by what its budget keeps, in a buffer of its own size."""
         before = self.kept_positions()[:, :, : self.segment_start]
         first_position = self.seen - (self.stored - self.segment_start)
+        self.valid = plan.stored_valid
         if plan.evicts:
-            self.keys, self.values, kept = reading.compress(plan, self.scores)
-            kept = torch.where(kept < 0, -1, kept + first_position)
+            stays = reading.compress(plan, self.scores)
+            self.keys, self.values, self.valid = stays.keys, stays.values, stays.valid
+            kept = torch.where(stays.kept < 0, -1, stays.kept + first_position)
+            self._add_votes(stays.votes)
             self.evicted = [*self.evicted, range(first_position, self.seen)]
         else:
             positions = torch.arange(first_position, self.seen, dtype=torch.int32, device=self.keys.device)
@@ -301,8 +305,19 @@ class LookMLayer(DynamicLayer):
             if plan.prompt.valid is not None:
                 kept = kept.masked_fill(~plan.prompt.valid[:, None], -1)
         self.kept = torch.cat([before, kept], 2)
-        self.valid, self.scores = plan.stored_valid, None
+        self.scores = None
         self.compressed, self.compressed_at = True, self.seen
+
+    def _add_votes(self, votes: Tensor | None) -> None:
+        """Votes of the last places; those before it that have none stand for one token each."""
+        if votes is None:
+            return
+        all_votes = votes.new_ones(*votes.shape[:2], self.stored)
+        if self.votes is not None:
+            all_votes[:, :, : self.votes.shape[2]] = self.votes
+        all_votes[:, :, self.stored - votes.shape[2] :] = votes
+        self.votes = all_votes
+        self.key_bias = self.votes.log()
 
     def kept_positions(self) -> Tensor:
         """[B, H, stored] int32: the original position of every stored place, -1 for an empty one."""
@@ -332,6 +347,7 @@ class LookMLayer(DynamicLayer):
         self.valid = None if self.valid is None else self.valid[:, :-removed]
         self.shown = None if self.shown is None else self.shown[:, :end]
         self.media = None if self.media is None else self.media[:, :end]
+        self.starts = None if self.starts is None else self.starts[:, :end]
         self.seen = end
         self.forward.shared.clear()
 
@@ -375,9 +391,9 @@ class LookMLayer(DynamicLayer):
         self.forward.shared.clear()
 
 
-def _padded(known: Tensor | None, new: Tensor, length: int) -> Tensor:
-    """What is known [B, <= length] bool of earlier tokens, True for the rest: [B, length]."""
-    padded = new.new_ones(new.shape[0], length)
+def _grown(known: Tensor | None, new: Tensor, before: int, fill: int) -> Tensor:
+    """What is known [B, <= before] of earlier tokens, `fill` for the rest, then the new ones: [B, before + q]."""
+    grown = torch.cat([new.new_full((new.shape[0], before), fill), new], 1)
     if known is not None:
-        padded[:, : known.shape[1]] = known
-    return padded
+        grown[:, : known.shape[1]] = known
+    return grown

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lookm.budget import Budget, extend_for_text
 from lookm.masks import left_padding
-from lookm.policy import Policy, Prompt, on_device
+from lookm.policy import Policy
+from lookm.prompt import Prompt, on_device
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,25 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a layer holds when a plan is made for it, and for all others that hold as much on its device.
+
+    image [B, N] bool: image tokens among the N of the prompt, the last of `places` stored ones.
+    valid [B, places] bool: places that are no padding; visible: those that this forward's mask lets be seen besides;
+        None: all.
+    bytes_per_token: of one token column, all rows and compressed layers together.
+    starts [B, N] bool: see lookm.prompt.Prompt.
+    """
+
+    image: Tensor
+    starts: Tensor | None
+    places: int
+    valid: Tensor | None
+    visible: Tensor | None
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """prompt: the tokens under compression, with the budget of each row.
 
@@ -35,9 +55,12 @@ class Plan:
     valid [B, stored] bool: places that may be attended now; stored_valid: those after the compression; None: all.
     key_start [B] int32: the first place that is not padding, None where there is none, or some elsewhere.
     tiers [B, N] int32: selection classes.
-    query_weight, picked: see lookm.policy.Attention.
+    query_weight, picked: see lookm.attention.Attention.
+    stored, lengths: what it was made from; valid tokens of each row.
     """
 
+    stored: Stored
+    lengths: Sequence[int]
     prompt: Prompt
     evicts: bool
     valid: Tensor | None
@@ -48,23 +71,6 @@ class Plan:
     picked: Tensor | None
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What a layer holds when a plan is made for it, and for all others that hold as much on its device.
-
-    image [B, N] bool: image tokens among the N of the prompt, the last of `places` stored ones.
-    valid [B, places] bool: places that are no padding; visible: those that this forward's mask lets be seen besides;
-        None: all.
-    bytes_per_token: of one token column, all rows and compressed layers together.
-    """
-
-    image: Tensor
-    places: int
-    valid: Tensor | None
-    visible: Tensor | None
-    bytes_per_token: int
-
-
 def make_plan(stored: Stored, settings: Settings, queries: int, remaining: int) -> Plan:
     """The plan of a forward of `queries` tokens; `remaining` tokens of the prompt are still to come."""
     policy = settings.policy
@@ -73,6 +79,8 @@ def make_plan(stored: Stored, settings: Settings, queries: int, remaining: int) 
     stored_valid = _stored_valid(stored, prompt.keep) if evicts else stored.valid
     looking = pick_queries(policy, prompt, queries) if evicts and policy.looks else (None, None)
     return Plan(
+        stored,
+        lengths,
         prompt,
         evicts,
         stored.visible,
@@ -83,8 +91,41 @@ def make_plan(stored: Stored, settings: Settings, queries: int, remaining: int) 
     )
 
 
+@dataclass
+class Ledger:
+    """What a policy with budgets by layer may still give: tokens of each row, and layers that have had none."""
+
+    left: list[int]
+    layers: int
+
+    def take(self, wanted: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """What a layer keeps of rows of these lengths, as near to what is wanted as the layers behind it allow."""
+        behind = self.layers - 1
+        taken = [
+            min(max(int(want), 1, left - behind * length), length, left - behind)
+            for want, left, length in zip(wanted, self.left, lengths, strict=True)
+        ]
+        self.left = [left - own for left, own in zip(self.left, taken, strict=True)]
+        self.layers = behind
+        return taken
+
+
+def with_keep(plan: Plan, keep: Sequence[int], policy: Policy) -> Plan:
+    """The plan for a layer that keeps another number of tokens; recent ones and sinks take the same shares of it."""
+    prompt = plan.prompt
+    sinks = [min(policy.sinks, own // 2) for own in keep]
+    recent = [
+        min(given * own // even, own - first)
+        for given, even, own, first in zip(prompt.recent, prompt.keep, keep, sinks, strict=True)
+    ]
+    prompt = replace(prompt, keep=keep, recent=recent, sinks=sinks)
+    return replace(
+        plan, prompt=prompt, tiers=prompt.tiers(policy.text_prior), stored_valid=_stored_valid(plan.stored, keep)
+    )
+
+
 def pick_queries(policy: Policy, prompt: Prompt, queries: int) -> tuple[Tensor | None, Tensor | None]:
-    """query_weight [B, M] of the last M queries of the prompt, and those `picked`, as lookm.policy.Attention has them.
+    """query_weight [B, M] of the last M queries of the prompt, and those `picked`, as Attention has them.
 
     Picked are the queries with a weight, wherever the policy gives weights: were it for few of them only, the other
     rows of a batch would decide the last bits of a row.
@@ -112,7 +153,7 @@ def _budgeted(stored: Stored, settings: Settings, remaining: int) -> tuple[Promp
     lengths = [size] * len(image) if inside is None else inside.sum(1).tolist()
     splits = [settings.budget.split(n + remaining, policy, stored.bytes_per_token) for n in lengths]
     keep, recent, sinks = (list(part) for part in zip(*splits, strict=True))
-    prompt = Prompt(image, inside, keep, recent, sinks, remaining)
+    prompt = Prompt(image, inside, keep, recent, sinks, remaining, stored.starts)
     if not policy.protect_text:
         return prompt, lengths
     # sinks go before text, so an image among them needs a place of its own

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lookm.policy import Attention, Policy, Prompt, is_count, register_policy
+from lookm.attention import Attention, Pairs
+from lookm.policy import Policy, is_count, register_policy
+from lookm.prompt import Prompt
 
 SINKS = 4
 
@@ -27,25 +29,10 @@ class H2O(Policy):
     """Recent tokens and those with the most accumulated attention (H2O, arXiv 2306.14048)."""
 
 
-@register_policy("mean_h2o")
+@register_policy("mean_h2o", visit_power=1.0)
 @dataclass(frozen=True)
 class MeanH2O(Policy):
     """As h2o, with the attention averaged over the queries that can see the token (RoCo, arXiv 2402.06262)."""
-
-    def score(self, attention: Attention) -> Tensor:
-        """Sums and the number of queries behind them, side by side: both add up over chunks."""
-        sums = attention.column_sums()
-        visits = attention.visits().to(sums.dtype)
-        # query heads of one KV head share the sum, so their counts add up too
-        groups = attention.query.shape[1] // attention.key.shape[1]
-        visits = visits.expand(-1, sums.shape[1] * groups, -1)
-        visits = visits.reshape(*sums.shape[:2], groups, -1).sum(2)
-        return torch.cat([sums, visits], 1)
-
-    def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
-        """Mean attention; a key that no query sees scores 0."""
-        sums, visits = scores.chunk(2, dim=1)
-        return sums / visits.clamp(min=1)
 
 
 @register_policy("snapkv")
@@ -78,9 +65,9 @@ class SnapKV(Policy):
         weight, window = super().query_weight(prompt), self._window(prompt).float()
         return window if weight is None else window * weight
 
-    def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
+    def finish(self, pairs: Pairs) -> Tensor:
         """Pooled over neighbours; the window itself lends nothing to them."""
-        before = scores.masked_fill(self._window(prompt)[:, None], 0.0)
+        before = super().finish(pairs).masked_fill(self._window(pairs.prompt)[:, None], 0.0)
         half = self.kernel_size // 2
         if self.pooling == "max":
             return torch.nn.functional.max_pool1d(before, self.kernel_size, stride=1, padding=half)

@@ -10,11 +10,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-import lookm_kernels
+from lookm.attention import Attention, Pairs
+from lookm.coverage import floor_levels, grid_levels
+from lookm.prompt import Prompt
 from lookm_kernels.rules import GATES, RULES
 
-PADDING, IMAGE, TEXT, PROTECTED = 0, 1, 2, 3
 QUERIES = ("all", "text", "sampled")
+SIMILARITIES = ("key", "key_value")
+GROUPS = ("medium", "image")
 
 
 def is_number(value: Any) -> bool:
@@ -27,150 +30,16 @@ def is_count(value: Any) -> bool:
     return is_number(value) and isinstance(value, int) and value >= 0
 
 
-def on_device(counts: Sequence[int], device: torch.device) -> Tensor:
-    """[B, 1] of a number a row, filled on the device: a copy from the host would wait for it."""
-    return torch.cat([torch.full((1, 1), count, dtype=torch.long, device=device) for count in counts])
-
-
 @dataclass(frozen=True)
-class Prompt:
-    """The tokens under compression: N seen so far, `remaining` still to come (chunked prefill).
+class Merging:
+    """How the evicted pairs of one layer merge: arguments of lookm_kernels.compress_ of the same names."""
 
-    image, valid: [B, N] bool, True for image or video tokens and for tokens that are not padding; valid None: no
-        padding.
-    keep, recent, sinks: what the budget allows each row, in tokens.
-    """
-
-    image: Tensor
-    valid: Tensor | None
-    keep: Sequence[int]
-    recent: Sequence[int]
-    sinks: Sequence[int]
-    remaining: int = 0
-
-    def last(self, counts: Sequence[int]) -> Tensor:
-        """[B, N] bool: the last counts[row] valid tokens of each row's whole prompt."""
-        return self._within(counts, from_end=True)
-
-    def first(self, counts: Sequence[int]) -> Tensor:
-        """[B, N] bool: the first counts[row] valid tokens of each row."""
-        return self._within(counts, from_end=False)
-
-    def _within(self, counts: Sequence[int], from_end: bool) -> Tensor:
-        valid = torch.ones_like(self.image) if self.valid is None else self.valid
-        place = valid.flip(1).cumsum(1).flip(1) + self.remaining if from_end else valid.cumsum(1)
-        return valid & (place <= on_device(counts, valid.device))
-
-    def tiers(self, text_prior: bool) -> Tensor:
-        """[B, N] int32 selection classes for select_tokens: protected, text, image, padding."""
-        tier = (
-            torch.where(self.image, IMAGE, TEXT) if text_prior else torch.full_like(self.image, IMAGE, dtype=torch.long)
-        )
-        tier = tier.masked_fill(self.last(self.recent) | self.first(self.sinks), PROTECTED)
-        if self.valid is not None:
-            tier = tier.masked_fill(~self.valid, PADDING)
-        return tier.int()
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention over (a chunk of) the prompt, as a policy sees it.
-
-    query [B, Hq, M, D], key [B, H, N, D] after rotary embedding, the queries being the last M of the N tokens.
-    query_weight: [B, M] float32, how much each query counts (Policy.query_weight), 0 for padding; None: all 1.
-    picked: [B, M'] int32, those of the M queries with a weight, ascending, -1 (first) for an empty place; None for all.
-    fp8: score on 8-bit floats.
-    The other fields are the arguments of lookm_kernels.attention_scores; a mask beside causal hides padding, nothing
-    else. The prompt is the last prompt.image.shape[1] of the N tokens: earlier ones belong to turns that were
-    compressed before.
-    """
-
-    query: Tensor
-    key: Tensor
-    prompt: Prompt
-    scale: float
-    softcap: float | None = None
-    causal: bool = True
-    key_start: Tensor | None = None
-    mask: Tensor | None = None
-    lse: Tensor | None = None
-    query_weight: Tensor | None = None
-    picked: Tensor | None = None
-    fp8: bool = False
-
-    def column_sums(self) -> Tensor:
-        """[B, H, prompt tokens] float32: attention received from this chunk's queries, each counting its weight.
-
-        Prompts only: turns compressed before take their share of the softmax but no score.
-        """
-        tokens = self.prompt.image.shape[1]
-        looking, position = self, None
-        if self.picked is not None:
-            if self.picked.shape[1] == 0:
-                dtype = torch.float64 if torch.float64 in (self.query.dtype, self.key.dtype) else torch.float32
-                return self.key.new_zeros((*self.key.shape[:2], tokens), dtype=dtype)
-            looking = self._only_picked(self.picked)
-            position = torch.where(self.picked < 0, -1, self.picked + self.key.shape[2] - self.query.shape[2])
-        query, key, head_scale = looking.query, looking.key, None
-        if self.fp8:
-            query, key, head_scale = looking._quantized()
-        scores = lookm_kernels.attention_scores(
-            query,
-            key,
-            scale=self.scale,
-            causal=self.causal,
-            lse=looking.lse,
-            query_weight=looking.query_weight,
-            key_start=self.key_start,
-            mask=looking.mask,
-            softcap=self.softcap,
-            query_position=position,
-            head_scale=head_scale,
-        )
-        return scores[..., -tokens:]
-
-    def visits(self) -> Tensor:
-        """[B, 1 or Hq, prompt tokens] float32: how many of this chunk's queries can see each key, weighted alike."""
-        queries, tokens = self.query.shape[2], self.prompt.image.shape[1]
-        weight = self.query_weight
-        if weight is None:
-            weight = torch.ones(self.query.shape[0], queries, dtype=torch.float32, device=self.query.device)
-        if not self.causal:
-            if self.mask is None:
-                return weight.sum(1)[:, None, None].expand(-1, 1, tokens)
-            seen = self.mask[..., -tokens:] * weight[:, None, :, None]
-            return seen.sum(2)
-        # key j of the last M tokens is seen by the queries from j on, an earlier key by all of them
-        own = weight.flip(1).cumsum(1).flip(1)
-        earlier = own[:, :1].expand(-1, tokens - queries)
-        return torch.cat([earlier, own], 1)[:, None]
-
-    def _only_picked(self, picked: Tensor) -> Attention:
-        """The same with the picked queries alone; an empty place holds the first query."""
-        place = picked.clamp(min=0).long()
-        mask, lse, weight = self.mask, self.lse, self.query_weight
-        if mask is not None and mask.stride(2) == 0:
-            mask = mask[:, :, : place.shape[1]]
-        elif mask is not None:
-            mask = mask.expand(len(place), -1, -1, -1).take_along_dim(place[:, None, :, None], 2)
-        return replace(
-            self,
-            query=self.query.take_along_dim(place[:, None, :, None], 2),
-            mask=mask,
-            lse=None if lse is None else lse.take_along_dim(place[:, None], 2),
-            query_weight=None if weight is None else weight.gather(1, place),
-        )
-
-    def _quantized(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query and key as 8-bit floats, and the scale of each query head; padding sets none."""
-        start = self.key_start
-        if self.picked is not None:
-            start = (self.picked < 0).sum(1).int()
-        elif start is not None:
-            start = (start - (self.key.shape[2] - self.query.shape[2])).clamp(min=0)
-        query, query_scale = lookm_kernels.quantize_heads(self.query, start)
-        key, key_scale = lookm_kernels.quantize_heads(self.key, self.key_start)
-        return query, key, query_scale * key_scale.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    rule: str
+    gate: str | None = None
+    similarity: str = "key"
+    group: Tensor | None = None
+    min_similarity: float | Tensor | None = None
+    refine: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +58,18 @@ class Policy:
     fp8: sum the attention of 8-bit floats, one scale a head, for GPUs that multiply them faster; not for float64. It is
         normalised by the model's own sums where these come free (sdpa without a mask), else by those of the 8-bit
         floats, so a row alone and in a padded batch may score a few percent apart.
+    votes: a kept pair stands for itself and all that merged into it: later attention adds log(votes) to its logit, as
+        token merging does in vision (proportional attention, ToMe, arXiv 2210.09461; KeepKV, arXiv 2504.09936).
+    similarity: what makes a pivot the nearest: "key", the cosine of the keys (LOOK-M, section 3.3), or "key_value", the
+        mean of that and of the cosine of the values.
+    group: a token merges only into one of its own "medium" (text, or images) or of its own "image" (all text is one);
+        None: into any. Where none of its group is kept, it is evicted.
+    min_similarity: a token less similar to its pivot than this is evicted; None: all merge.
+    refine: rounds in which the pivots are found again among the merged keys, and the tokens merged anew.
+    floor: tokens of every image (or frame) that go before all other image tokens: its best ones.
+    grid: share of the image budget, 0 to 1, that goes first to an even grid over every image.
+    visit_power: scores are divided by the number of queries that can see the token, to this power: 0 as they are, 1
+        mean attention (RoCo, arXiv 2402.06262), 0.5 in between.
     evicts, looks: a class may say that it evicts nothing, or that its scores need no attention.
     ValueError for a value outside of what is said here.
     """
@@ -203,6 +84,14 @@ class Policy:
     stride: int = 8
     phase: int = 0
     fp8: bool = False
+    votes: bool = False
+    similarity: str = "key"
+    group: str | None = None
+    min_similarity: float | None = None
+    refine: int = 0
+    floor: int = 0
+    grid: float = 0.0
+    visit_power: float = 0.0
     evicts: ClassVar[bool] = True
     looks: ClassVar[bool] = True
 
@@ -222,6 +111,19 @@ class Policy:
                 f"from 0 to {self.stride} - 1, below `stride`",
             ),
             ("fp8", isinstance(self.fp8, bool), "True or False"),
+            ("votes", isinstance(self.votes, bool), "True or False"),
+            ("similarity", self.similarity in SIMILARITIES, f"one of {list(SIMILARITIES)}"),
+            ("group", self.group is None or self.group in GROUPS, f"None or one of {list(GROUPS)}"),
+            (
+                "min_similarity",
+                self.min_similarity is None or (is_number(self.min_similarity) and -1 <= self.min_similarity <= 1),
+                "None or a cosine from -1 to 1",
+            ),
+            ("refine", is_count(self.refine), "a number of rounds, 0 or more"),
+            ("floor", is_count(self.floor), "a number of tokens, 0 or more"),
+            ("grid", is_number(self.grid) and 0 <= self.grid <= 1, "a share from 0 to 1"),
+            ("visit_power", is_number(self.visit_power) and self.visit_power >= 0, "a number, 0 or more"),
+            ("protect_text", not (self.protect_text and self.uneven), "False in a policy that gives layers budgets"),
             ("protect_text", self.text_prior or not self.protect_text, "False in a policy without text prior"),
         ):
             if not good:
@@ -244,13 +146,50 @@ class Policy:
     def score(self, attention: Attention) -> Tensor:
         """Score of every token of the prompt so far: [B, any, N] float32, added up over the chunks of a prompt.
 
-        By default the accumulated attention of all queries, weighted (H2O; LOOK-M, section 3.2).
+        By default the accumulated attention of all queries, weighted (H2O; LOOK-M, section 3.2); behind it, with a
+        visit_power, the number of queries that see the token.
         """
-        return attention.column_sums()
+        sums = attention.column_sums()
+        return torch.cat([sums, attention.visits().to(sums.dtype)], 1) if self.visit_power else sums
 
-    def finish(self, scores: Tensor, prompt: Prompt) -> Tensor:
-        """The sum over all chunks as the final score [B, H, N]; unchanged by default."""
-        return scores
+    def finish(self, pairs: Pairs) -> Tensor:
+        """The final score [B, H, N], from pairs.sums; a key that no query sees scores 0."""
+        if not self.visit_power:
+            return pairs.sums
+        sums, visits = pairs.sums.chunk(2, dim=1)
+        return sums / visits.clamp(min=1) ** self.visit_power
+
+    def levels(self, pairs: Pairs) -> Tensor | None:
+        """[B, H or 1, N] whole numbers: tokens of a higher level go first within their tier; None: all are equal.
+
+        By default the floor and the grid.
+        """
+        levels = floor_levels(pairs.scores, pairs.prompt.segment, self.floor) if self.floor else None
+        if self.grid:
+            grid = grid_levels(pairs.prompt, pairs.prompt.tiers(self.text_prior), self.grid)
+            levels = grid if levels is None else torch.maximum(levels, grid)
+        return levels
+
+    def merging(self, pairs: Pairs) -> Merging:
+        """How the evicted pairs of this layer merge; by default as the fields say, the same in every layer."""
+        group = None
+        if self.group is not None:
+            group = pairs.prompt.image.int() if self.group == "medium" else pairs.prompt.segment + 1
+        return Merging(self.rule, self.gate, self.similarity, group, self.min_similarity, self.refine)
+
+    def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
+        """How many tokens of each row this layer keeps; override it to give layers budgets of their own.
+
+        left: what the budget still has in each row for this layer and those behind it, `layers` in all. What is given
+        is moved to where every layer gets one token at least and none more than its prompt, so that the sum over the
+        layers is the budget asked for. By default an even share.
+        """
+        return [tokens // layers for tokens in left]
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers may keep different numbers of tokens."""
+        return type(self).take is not Policy.take
 
 
 POLICIES: dict[str, Policy] = {}

@@ -5,18 +5,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lookm_kernels
+from lookm.attention import Attention, Pairs
+from lookm.coverage import with_levels
 from lookm.forward import Forward
 from lookm.lse import LogSumExp
 from lookm.masks import causal_without_mask, is_4d, left_padding, padding_mask, visible
-from lookm.plan import Plan, Settings, Stored, make_plan
-from lookm.policy import Attention
+from lookm.own_attention import Held, attend, what_is_seen
+from lookm.plan import Ledger, Plan, Settings, Stored, make_plan, with_keep
 
 UNSUPPORTED_ARGUMENTS = {
     "s_aux": "attention sinks (learned extra logits)",
@@ -25,6 +27,8 @@ UNSUPPORTED_ARGUMENTS = {
     "indices": "sparse attention",
     "block_indices": "sparse attention",
 }
+# of a pair: float32, and its logarithm
+BYTES_OF_VOTES = 8
 WINDOWED = "lookm: {} attention in a window of {} tokens, over a cache layer that holds all of them: not supported"
 OWN_MASKS = (
     "lookm: this model makes its attention masks in a way of its own, without asking the cache what it holds; over a "
@@ -37,7 +41,9 @@ class Reading:
     """What a layer stores while it reads a prompt, and what the forward said.
 
     keys, values [B, H, stored, D]: with the new tokens; valid [B, stored] bool: places that are no padding, None: all.
-    image [B, N] bool: image tokens among the N of the prompt, the last of what is stored. seen: tokens read so far.
+    image, starts [B, N] bool: image tokens among the N of the prompt, the last of what is stored, and those that begin
+        an image right after another. seen: tokens read so far.
+    held: what of it the layer attends to by itself (see lookm.own_attention); None: the model's attention does.
     """
 
     settings: Settings
@@ -46,7 +52,9 @@ class Reading:
     values: Tensor
     valid: Tensor | None
     image: Tensor
+    starts: Tensor
     seen: int
+    held: Held | None
 
     @property
     def stored(self) -> int:
@@ -60,8 +68,9 @@ class Reading:
 
     @property
     def column_bytes(self) -> int:
-        """Bytes of one token column of this layer: its key and value in all rows and heads."""
-        return sum(rows[:, :, 0].numel() * rows.element_size() for rows in (self.keys, self.values))
+        """Bytes of one token column of this layer: its key and value, and votes if any, in all rows and heads."""
+        pairs = sum(rows[:, :, 0].numel() * rows.element_size() for rows in (self.keys, self.values))
+        return pairs + (BYTES_OF_VOTES * self.keys[:, :, 0, 0].numel() if self.settings.policy.votes else 0)
 
     def masked_by_user(self, mask: Any, queries: int) -> bool:
         """Whether the mask is the user's own: it has never passed the mask overlay."""
@@ -83,7 +92,7 @@ class Reading:
                 hidden = torch.nn.functional.pad(hidden.to(self.keys.device), (0, self.stored - hidden.shape[1]))
                 shown = ~hidden if valid is None else valid & ~hidden
             bytes_per_token = self.column_bytes * self.settings.layers
-            stored = Stored(self.image, self.stored, valid, shown, bytes_per_token)
+            stored = Stored(self.image, self.starts, self.stored, valid, shown, bytes_per_token)
             return make_plan(stored, self.settings, queries, remaining)
 
         return self.forward.once(key, make)
@@ -94,6 +103,8 @@ class Reading:
     ) -> tuple[Any, Tensor | None]:  # fmt: skip
         """The attention's own output, and the scores of its queries: [B, any, N], None where they are not needed."""
         self._refuse(plan, implementation, query.shape[2], kwargs)
+        if self.held is not None:
+            return self._attend_by_itself(self.held, plan, implementation, module, query, mask, kwargs)
         if not plan.evicts:
             return inner(module, query, key, value, mask, *args, **kwargs), None
         causal = causal_without_mask(implementation, module, kwargs.get("is_causal"))
@@ -104,7 +115,22 @@ class Reading:
         with observed if free else nullcontext():
             output = inner(module, query, key, value, mask, *args, **kwargs)
         with torch.no_grad():
-            return output, self._score(query, plan, observed, paid, kwargs.get("scaling"), kwargs.get("softcap"))
+            lse = None
+            if kwargs.get("softcap") is None:
+                lse = observed.of(query, self.keys, paid.get("causal", True), _scale(query, kwargs))
+            return output, self._score(query, plan, lse, paid, kwargs)
+
+    def _attend_by_itself(
+        self, held: Held, plan: Plan, implementation: str, module: Any, query: Tensor, mask: Any,
+        arguments: dict[str, Any],
+    ) -> tuple[Any, Tensor | None]:  # fmt: skip
+        seen = what_is_seen(held, self.forward, self.seen, implementation, module, query, mask, arguments)
+        output, lse = attend(held, query, seen, arguments)
+        if not plan.evicts:
+            return (output, None), None
+        with torch.no_grad():
+            # the sums behind lse have the votes in them, and tokens under compression have none of their own
+            return (output, None), self._score(query, plan, lse.detach(), seen, arguments)
 
     def _refuse(self, plan: Plan, implementation: str, queries: int, arguments: dict[str, Any]) -> None:
         for name, meaning in UNSUPPORTED_ARGUMENTS.items():
@@ -146,32 +172,69 @@ class Reading:
         return None if bool(valid.all()) else valid.contiguous()
 
     def _score(
-        self, query: Tensor, plan: Plan, observed: LogSumExp, paid: dict[str, Any], scaling: float | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        lse = observed.of(query, self.keys, paid.get("causal", True), scale) if softcap is None else None
+        self, query: Tensor, plan: Plan, lse: Tensor | None, paid: dict[str, Any], arguments: dict[str, Any]
+    ) -> Tensor:
         policy = self.settings.policy
         attention = Attention(
-            query, self.keys, plan.prompt, scale, softcap, lse=lse, query_weight=plan.query_weight, picked=plan.picked,
-            fp8=policy.fp8, **paid,
+            query, self.keys, plan.prompt, _scale(query, arguments), arguments.get("softcap"), lse=lse,
+            query_weight=plan.query_weight, picked=plan.picked, fp8=policy.fp8, **paid,
         )  # fmt: skip
         return policy.score(attention)
 
+    def _own_budget(self, plan: Plan, pairs: Pairs) -> Plan:
+        """The plan with what the policy gives this layer of the budget that the layers before it left."""
+        layers = self.settings.layers
+        ledger = self.forward.once(
+            ("ledger", self.seen, self.image.shape[1]),
+            lambda: Ledger([keep * layers for keep in plan.prompt.keep], layers),
+        )
+        wanted = self.settings.policy.take(pairs, tuple(ledger.left), ledger.layers)
+        return with_keep(plan, ledger.take(wanted, plan.lengths), self.settings.policy)
+
     @torch.no_grad()
-    def compress(self, plan: Plan, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of what is stored from now on, and the kept places [B, H, K] of the prompt, -1 for none."""
-        policy, prompt, size = self.settings.policy, plan.prompt, max(plan.prompt.keep)
+    def compress(self, plan: Plan, sums: Tensor) -> Compressed:
+        """What stays of the prompt, in memory of its own. sums [B, any, N]: of Policy.score over all its queries."""
+        policy = self.settings.policy
+        key, value = (rows.detach() for rows in (self.keys, self.values))
+        pairs = Pairs(plan.prompt, key[:, :, self.start :], value[:, :, self.start :], sums, sums)
+        pairs = replace(pairs, scores=policy.finish(pairs))
+        if policy.uneven:
+            plan = self._own_budget(plan, pairs)
+            pairs = replace(pairs, prompt=plan.prompt)
+        levels, merging = policy.levels(pairs), policy.merging(pairs)
+        scores = pairs.scores if levels is None else with_levels(pairs.scores, levels)
+        size = max(plan.prompt.keep)
         whole, stays = [], []
-        for rows in (self.keys.detach(), self.values.detach()):
+        for rows in (key, value):
             whole.append(rows if rows.stride(-1) == 1 else rows.contiguous())
             stays.append(rows.new_empty((*rows.shape[:2], self.start + size, rows.shape[3])))
             stays[-1][:, :, : self.start] = rows[:, :, : self.start]
         # not in place: the model may still use its own, and a backward pass will
         keys, values, out_key, out_value = (rows[:, :, self.start :] for rows in (*whole, *stays))
-        scores = policy.finish(scores, prompt)
+        votes = key.new_empty((*key.shape[:2], size), dtype=torch.float32) if policy.votes else None
         kept = lookm_kernels.compress_(
-            keys, values, scores, plan.tiers, prompt.keep, policy.rule, policy.gate, out_key=out_key,
-            out_value=out_value,
+            keys, values, scores, plan.tiers, plan.prompt.keep, merging.rule, merging.gate,
+            similarity=merging.similarity, group=merging.group, min_similarity=merging.min_similarity,
+            refine=merging.refine, out_votes=votes, out_key=out_key, out_value=out_value,
         )  # fmt: skip
-        return stays[0], stays[1], kept
+        return Compressed(stays[0], stays[1], kept, votes, plan.stored_valid)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """keys, values [B, H, stored, D]: what is stored from now on, earlier turns included.
+
+    valid [B, stored] bool: places that are no padding, None: all;
+    kept [B, H, K] int32: places of the prompt that stayed, -1 for none; votes [B, H, K] float32, None without votes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    kept: Tensor
+    votes: Tensor | None
+    valid: Tensor | None
+
+
+def _scale(query: Tensor, arguments: dict[str, Any]) -> float:
+    scaling: float | None = arguments.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else scaling

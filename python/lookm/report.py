@@ -33,8 +33,9 @@ class LayerReport:
     seen_by, kept_by: tokens read, and those of them that are in the cache, by medium; the rest was evicted.
     later_by: those of them that were read after the last compression (generated tokens, later turns that stay dense);
         they are all kept and outside of the budget.
-    bytes: memory of the stored keys and values (or states); bytes_full: what a cache that keeps everything would hold;
-        later_bytes: how much of either is of the tokens of later_by.
+    merged: evicted tokens that live on in the votes of a kept pair, averaged over heads; 0 in a policy without votes.
+    bytes: memory of the stored keys and values (or states), and of votes; bytes_full: what a cache that keeps
+        everything would hold; later_bytes: how much of either is of the tokens of later_by.
     """
 
     layer: int
@@ -47,6 +48,7 @@ class LayerReport:
     bytes: int
     bytes_full: int
     later_bytes: int = 0
+    merged: float = 0.0
 
     @property
     def seen(self) -> int:
@@ -90,7 +92,8 @@ class LayerReport:
 
     def tokens(self) -> dict[str, float]:
         """The counts of tokens by name: seen, kept, evicted, later, and each of these by medium (seen_text, ...)."""
-        whole = {"seen": self.seen, "kept": self.kept, "evicted": self.evicted, "later": self.later}
+        whole = {"seen": self.seen, "kept": self.kept, "evicted": self.evicted, "merged": self.merged}
+        whole["later"] = self.later
         parts = {"seen": self.seen_by, "kept": self.kept_by, "later": self.later_by}
         return whole | {f"{name}_{medium}": count for name, by in parts.items() for medium, count in by.items()}
 
@@ -228,8 +231,9 @@ def layer_report(index: int, layer: Any) -> LayerReport:
         kept_by[medium] = int(held_here.sum()) / heads
         later_by[medium] = int(since.sum()) // heads
     seen_by["text"] -= 0 if layer.padding is None else int(layer.padding.sum())
-    held = layer.keys.nbytes + layer.values.nbytes
-    column = held // layer.stored
+    pairs = layer.keys.nbytes + layer.values.nbytes
+    votes = sum(tensor.nbytes for tensor in (layer.votes, layer.key_bias) if tensor is not None)
+    column = pairs // layer.stored
     return LayerReport(
         layer=index,
         compressed=True,
@@ -238,9 +242,10 @@ def layer_report(index: int, layer: Any) -> LayerReport:
         seen_by=seen_by,
         kept_by=kept_by,
         later_by=later_by,
-        bytes=held,
+        bytes=pairs + votes,
         bytes_full=column * layer.seen,
         later_bytes=column * (layer.seen - layer.compressed_at if layer.compressed else 0),
+        merged=0.0 if layer.votes is None else float((layer.votes - 1).clamp(min=0).sum()) / heads,
     )
 
 

@@ -1,0 +1,94 @@
+"""Attention over what one layer holds, computed here: pairs with votes, and layers that keep numbers of their own.
+
+transformers makes one mask for all layers and adds nothing to single logits of single heads, so such a layer leaves the
+model's attention function aside: lookm_kernels.kept_attention does the work, whatever the implementation is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+import lookm_kernels
+from lookm.forward import Forward
+from lookm.masks import causal_without_mask, is_4d, left_padding, padding_mask, visible
+
+DROPOUT = "lookm: attention with dropout ({}) over pairs with votes is not supported: call model.eval()"
+WIDTH = (
+    "`attention_mask` in 4D must be as wide as what each layer holds, got {got} where this one has {stored} places: "
+    "give a 2D mask over all tokens, read and new ones"
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer holds, the new tokens included: keys, values [B, H, stored, D].
+
+    valid [B, stored] bool: places that are no padding, None: all. hidden [B, H, stored] bool: places that this
+    forward's mask hides besides, None: none. key_bias [B, H, P] float32: log votes of the first P places, None: 0.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+    hidden: Tensor | None
+    key_bias: Tensor | None
+
+    def bias(self) -> Tensor | None:
+        """What is added to the logits, minus infinity for what is hidden."""
+        if self.hidden is None:
+            return self.key_bias
+        bias = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
+        if self.key_bias is not None:
+            bias[:, :, : self.key_bias.shape[2]] = self.key_bias
+        return bias.masked_fill_(self.hidden, float("-inf"))
+
+
+def what_is_seen(
+    held: Held, forward: Forward, tokens: int, implementation: str, module: Any, query: Tensor, mask: Any,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments causal, key_start and mask of kept_attention and of attention_scores.
+
+    tokens: read so far, those of the query included; arguments: of the attention function, by name. A mask that passed
+    the mask overlay was made for the layer that transformers asked: only its columns of new tokens are right for every
+    layer, and a sound one shows all that was stored.
+    """
+    stored, valid, queries = held.keys.shape[2], held.valid, query.shape[2]
+    if not is_4d(mask) or forward.is_plain(mask):
+        causal = True if is_4d(mask) else causal_without_mask(implementation, module, arguments.get("is_causal"))
+        start = None if valid is None else forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
+        return {"causal": causal} | padding_mask(valid, start, queries)
+    shown = visible(mask, implementation, queries, mask.shape[-1])
+    if forward.masks(tokens - queries, queries):
+        shown = pad(shown[..., -queries:], (stored - queries, 0), value=True)
+    elif shown.shape[-1] != stored:
+        raise ValueError(WIDTH.format(got=list(mask.shape), stored=stored))
+    if valid is not None:
+        shown = shown & valid[:, None, None]
+    return {"causal": False, "key_start": None, "mask": shown}
+
+
+def attend(held: Held, query: Tensor, seen: dict[str, Any], arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The output [B, M, Hq, D] as attention functions of transformers give it, and the log-sum-exp [B, Hq, M].
+
+    arguments: what the attention function was called with by name. NotImplementedError for dropout.
+    """
+    if arguments.get("dropout"):
+        raise NotImplementedError(DROPOUT.format(arguments["dropout"]))
+    output, lse = lookm_kernels.kept_attention(
+        query,
+        held.keys,
+        held.values,
+        key_bias=held.bias(),
+        scale=arguments.get("scaling"),
+        softcap=arguments.get("softcap"),
+        return_lse=True,
+        **seen,
+    )
+    return output.transpose(1, 2).contiguous(), lse

@@ -1,0 +1,134 @@
+"""Rules published since LOOK-M, each a policy of a few lines; what they reach here is in benchmarks/quality/README.md.
+
+They follow the papers' rules for scores, budgets and merging, on this package's terms: budgets are strict and handed
+out in one pass over the layers, so a rule that first looks at all layers gets what the layers before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lookm.attention import Attention, Pairs
+from lookm.policy import Merging, Policy, register_policy
+from lookm.prompt import Prompt
+
+
+def needed(scores: Tensor, cover: float) -> list[int]:
+    """How many of the best tokens of each row cover a share of the scores [B, H, N], averaged over its heads."""
+    best = scores.sort(dim=-1, descending=True).values.cumsum(-1)
+    return [int(count) for count in (best < cover * best[..., -1:]).sum(-1).float().mean(1).ceil().tolist()]
+
+
+@register_policy("madakv", recent_share=0.1)
+@dataclass(frozen=True)
+class MadaKV(Policy):
+    """Heads share their budget by modality, layers by need (MadaKV, ACL 2025).
+
+    window: last queries that look; cover: share of their attention that a layer's tokens are to cover.
+    """
+
+    window: int = 32
+    cover: float = 0.9
+
+    def query_weight(self, prompt: Prompt) -> Tensor:
+        """The last queries alone."""
+        return prompt.last([self.window] * len(prompt.image)).float()
+
+    def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
+        """Tokens that cover the attention, an even share of what is left at most; the rest is carried on."""
+        return [min(need, own // layers) for need, own in zip(needed(pairs.scores, self.cover), left, strict=True)]
+
+    def levels(self, pairs: Pairs) -> Tensor:
+        """The best text tokens and the best image tokens, as many of each as the head's attention has share there."""
+        image = pairs.prompt.image[:, None].expand_as(pairs.scores)
+        share = (pairs.scores * image).sum(-1, keepdim=True) / pairs.scores.sum(-1, keepdim=True).clamp(min=1e-9)
+        keep = torch.tensor(list(pairs.prompt.keep), device=share.device)[:, None, None]
+        order = pairs.scores.argsort(dim=-1, descending=True, stable=True)
+        own = image.gather(-1, order)
+        rank = torch.where(own, own.cumsum(-1), (~own).cumsum(-1))
+        first = rank <= keep * torch.where(own, share, 1 - share)
+        return torch.zeros_like(order).scatter_(-1, order, first.long())
+
+
+@register_policy("mixkv", text_prior=True)
+@dataclass(frozen=True)
+class MixKV(Policy):
+    """Attention and value norm mixed with diversity, by how alike a head's keys are (MixKV, arXiv 2510.20707)."""
+
+    def finish(self, pairs: Pairs) -> Tensor:
+        """(1 - r) (attention + value norm) + r diversity, each scaled to the mean of the attention.
+
+        r = (T^2 |mean k|^2 - T) / (T (T - 1)) over unit keys k; diversity = -k . mean k, moved to begin at 0.
+        """
+        attention, size = super().finish(pairs), pairs.key.shape[2]
+        unit = normalize(pairs.key.float(), dim=-1)
+        mean = unit.mean(2, keepdim=True)
+        alike = ((size * mean.square().sum(-1) - 1) / max(size - 1, 1)).clamp(0, 1)
+        diversity = -(unit * mean).sum(-1)
+        diversity = diversity - diversity.amin(-1, keepdim=True)
+        level = attention.mean(-1, keepdim=True)
+        norm, diversity = (x * level / x.mean(-1, keepdim=True).clamp(min=1e-9) for x in (_norm(pairs), diversity))
+        return (1 - alike) * (attention + norm) + alike * diversity
+
+
+def _norm(pairs: Pairs) -> Tensor:
+    norm: Tensor = pairs.value.float().norm(dim=-1)
+    return norm
+
+
+@register_policy("vlcache", recent_share=0.1)
+@dataclass(frozen=True)
+class VLCache(Policy):
+    """The attention of the text after the last image; layers by how dense it is (VL-Cache, arXiv 2410.23317).
+
+    window: queries of that text that look, at most; threshold: entries of a row below this share of its maximum are
+    nothing.
+    """
+
+    window: int = 64
+    threshold: float = 0.01
+
+    def query_weight(self, prompt: Prompt) -> Tensor:
+        """Text behind the last image, its last `window` tokens; the last tokens where there is none."""
+        behind = prompt.image.flip(1).cumsum(1).flip(1) == 0
+        last = prompt.last([self.window] * len(prompt.image))
+        return torch.where((behind & last).any(1, keepdim=True), behind & last, last).float()
+
+    def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
+        """As many tokens as get more than the threshold of the most attended one, an even share of the rest at most."""
+        dense = pairs.scores >= self.threshold * pairs.scores.amax(-1, keepdim=True)
+        counts = dense.sum(-1).float().mean(1).ceil().tolist()
+        return [min(int(count), own // layers) for count, own in zip(counts, left, strict=True)]
+
+
+@register_policy("flowmm", text_prior=True, rule="pivotal", group="medium")
+@dataclass(frozen=True)
+class FlowMM(Policy):
+    """Layers merge across modalities only where much attention crosses them (FlowMM, arXiv 2511.05534).
+
+    crossing: share of the attention between text and images above which text and images merge into each other.
+    """
+
+    crossing: float = 0.25
+
+    def score(self, attention: Attention) -> Tensor:
+        """Attention received from text and from images, side by side."""
+        image = attention.prompt.image.float()
+        return attention.column_sums(torch.stack([1 - image, image], 1)).flatten(1, 2)
+
+    def finish(self, pairs: Pairs) -> Tensor:
+        """Their sum."""
+        return sum(pairs.sums.chunk(2, dim=1))  # type: ignore[return-value]
+
+    def merging(self, pairs: Pairs) -> Merging:
+        """Within the medium, unless this layer's attention crosses over."""
+        text, image = pairs.sums.chunk(2, dim=1)
+        kind = pairs.prompt.image[:, None]
+        crossed = (text * kind + image * ~kind).sum((1, 2)) / (text + image).sum((1, 2)).clamp(min=1e-9)
+        group = torch.where((crossed > self.crossing)[:, None], 0, pairs.prompt.image.int()).int()
+        return replace(super().merging(pairs), group=group)
