@@ -9,6 +9,7 @@ from lookm_kernels._version import __version__ as __version__
 from lookm_kernels.compact import compact_
 from lookm_kernels.compress import compress_
 from lookm_kernels.fp8 import quantize_heads
+from lookm_kernels.kept_attention import kept_attention
 from lookm_kernels.merge import merge_
 from lookm_kernels.nearest import nearest_kept
 from lookm_kernels.rules import merge_weights, register_rule
@@ -19,6 +20,7 @@ __all__ = [
     "attention_scores",
     "compact_",
     "compress_",
+    "kept_attention",
     "merge_",
     "merge_weights",
     "nearest_kept",

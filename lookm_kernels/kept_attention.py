@@ -1,0 +1,234 @@
+"""kept_attention: queries over the pairs that stayed, each with the votes of what merged into it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lookm_kernels._checks import (
+    SCORE_DTYPES,
+    accumulation_dtype,
+    check_call,
+    check_device,
+    check_rows,
+    check_shape,
+    check_tensor,
+    check_tensors,
+    require,
+)
+from lookm_kernels._dispatch import implementation, register, register_backward
+
+
+@overload
+def kept_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_bias: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def kept_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_bias: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def kept_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    key_start: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of few queries over many stored pairs, some of which stand for several tokens.
+
+        out[i] = sum over j of softmax_j(softcap * tanh(scale * q_i . k_j / softcap) + key_bias[j]) * v_j
+
+    With key_bias = log m, a pair that m tokens were merged into draws the attention of all of them: with equal keys,
+    sum of exp(q . k) v over them = m exp(q . k) v_mean, which is exactly the attention before merging. Token merging
+    calls this proportional attention (ToMe, arXiv 2210.09461); KeepKV (arXiv 2504.09936) gives kept pairs such votes.
+
+    The attention matrix is never held as a whole, and keys are not expanded to the query heads. Gradients go to query,
+    key and value; the backward pass computes the attention matrix anew, and holds it.
+
+    Args:
+        query: [B, Hq, M, D], after rotary embedding.
+        key: [B, H, N, D], as cached; H divides Hq.
+        value: [B, H, N, Dv]. All three float16, bfloat16, float32 or float64; of several dtypes they become the one
+            that holds them all, which is exact.
+        key_bias: [B, H, P] float32 (or float64), P <= N: added to the logits of the first P keys; the others get 0.
+            -inf hides a key.
+        key_start: [B] int32, first position of each row that is not padding. Nobody sees earlier keys.
+        mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, in addition to causal and key_start.
+        causal: query i sees no key after position i + N - M (right-aligned, M <= N).
+        scale: factor of the products, positive; D ** -0.5 by default.
+        softcap: logits become softcap * tanh(logits / softcap), before the bias and the mask.
+        return_lse: return the log-sum-exp too.
+
+    Returns:
+        [B, Hq, M, Dv] in the dtype of query, 0 for a query that sees nothing. With return_lse also [B, Hq, M] float32
+        (float64 if one of the three is): the natural logarithm of the sum of the exponentials of each query's visible
+        logits, -inf where it sees nothing.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not accepted.
+        ValueError: shapes, devices or head counts that do not fit, M > N under a causal mask, an empty tensor, scale or
+            softcap <= 0, key_start out of range, or a key_bias that requires a gradient.
+    """
+    check_tensors(query=query, key=key, value=value)
+    check_call(key_bias=key_bias, key_start=key_start, mask=mask)
+    out, lse = torch.ops.lookm.kept_attention(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds the numbers of all."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+) -> None:
+    check_rows("query", query, "B Hq M D")
+    check_rows("key", key, "B H N D")
+    check_rows("value", value, "B H N Dv")
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
+    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
+    require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
+    require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N, Dv] = {[*key.shape[:3]]} and Dv, like `key`", value)
+    require(queries <= keys or not causal, "query", f"of at most as many tokens as `key` ({keys})", query)
+    check_device("query", query, key=key, value=value, key_bias=key_bias, key_start=key_start, mask=mask)
+    if key_bias is not None:
+        check_tensor("key_bias", key_bias, "B H P", SCORE_DTYPES)
+        fits = key_bias.shape[:2] == (batch, kv_heads) and key_bias.shape[2] <= keys
+        require(fits, "key_bias", f"[B, H, P] = [{batch}, {kv_heads}, at most {keys}]", key_bias)
+    if key_start is not None:
+        check_tensor("key_start", key_start, "B", (torch.int32,))
+        check_shape("key_start", key_start, (batch,), "B")
+    if mask is not None:
+        check_tensor("mask", mask, "B Hq M N", (torch.bool,))
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
+        require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
+    require(scale is None or scale > 0, "scale", "positive or None", scale)
+    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
+    if key_start is not None and key_start.device.type == "cpu":
+        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
+        require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = _common_dtype(query, key, value)
+    pairs = key.to(dtype), value.to(dtype)
+    run = implementation("kept_attention", "kept_attention", query.to(dtype), *pairs)
+    out, lse = run(query.to(dtype), *pairs, key_bias, key_start, mask, causal, scale, softcap)
+    return out.to(query.dtype), lse
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, *options)
+    dtype = accumulation_dtype(_common_dtype(query, key, value))
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    return out, query.new_empty(query.shape[:3], dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, causal, scale, softcap = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = causal, tensors[0].shape[-1] ** -0.5 if scale is None else scale, softcap
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    """The derivative of softmax, for all rows and queries at once; the heads of a KV head are rows of one product."""
+    query, key, value, key_bias, key_start, mask, out, lse = ctx.saved_tensors
+    causal, scale, softcap = ctx.options
+    kv_heads, (queries, tokens) = key.shape[1], (query.shape[2], key.shape[2])
+
+    def packed(x: Tensor) -> Tensor:
+        return x.to(lse.dtype).reshape(x.shape[0], kv_heads, -1, x.shape[3])
+
+    q, grad, keys, values = packed(query), packed(grad_out), key.to(lse.dtype), value.to(lse.dtype)
+    logits = q @ keys.mT * scale
+    slope = None
+    if softcap is not None:
+        bent = torch.tanh(logits / softcap)
+        logits, slope = softcap * bent, 1 - bent * bent
+    if key_bias is not None:
+        logits = logits + pad(key_bias.to(lse.dtype), (0, tokens - key_bias.shape[2]))[:, :, None]
+    position = torch.arange(tokens, dtype=torch.long, device=key.device)
+    seen = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=key.device) if mask is None else mask
+    if causal:
+        seen = seen & (position <= position[tokens - queries :, None])
+    if key_start is not None:
+        seen = seen & (position >= key_start[:, None, None, None])
+    seen = seen.expand(*query.shape[:3], tokens).reshape(logits.shape)
+    total = packed(lse[..., None])
+    # a query that sees nothing has no finite logarithm, and pays no attention
+    attention = (logits - total.masked_fill(total == float("-inf"), 0.0)).exp().masked_fill(~seen, 0.0)
+    mean = (grad * packed(out)).sum(-1, keepdim=True) - packed(grad_lse[..., None])
+    grad_logits = attention * (grad @ values.mT - mean)
+    if slope is not None:
+        grad_logits = grad_logits * slope
+    grad_query = (grad_logits @ keys * scale).reshape(query.shape)
+    grad_key, grad_value = grad_logits.mT @ q * scale, attention.mT @ grad
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 6
+
+
+register(
+    "kept_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_start, Tensor? mask, "
+    "bool causal, float? scale, float? softcap) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+register_backward("kept_attention", _backward, _save)

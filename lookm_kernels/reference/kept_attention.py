@@ -1,0 +1,121 @@
+"""Attention over stored pairs, a block of queries at a time, its products a block of keys at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lookm_kernels._ambient import whole_products
+from lookm_kernels._checks import accumulation_dtype
+from lookm_kernels.reference._blocks import rows_per_block
+
+# 1 MiB of float32: stays in a core's cache, and is taken from memory that the process has already
+PART_ELEMENTS = 1 << 18
+LINE = 64
+
+
+def kept_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """See lookm_kernels.kept_attention. Row by row over its valid tokens: padding and other rows change no bit."""
+    batch, heads, queries, _ = query.shape
+    tokens, dtype = key.shape[2], accumulation_dtype(query.dtype)
+    out = query.new_zeros((batch, heads, queries, value.shape[3]))
+    lse = query.new_full((batch, heads, queries), float("-inf"), dtype=dtype)
+    starts = [0] * batch if key_start is None else key_start.tolist()
+    for row, start in enumerate(starts):
+        first = max(0, start - (tokens - queries)) if causal else 0
+        if start == tokens:
+            continue
+        seen = mask if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:]
+        bias = key_bias if key_bias is None else key_bias[row, :, start:].to(dtype)
+        pairs = key[row, :, start:], value[row, :, start:]
+        block = rows_per_block(heads * (tokens - start))
+        with whole_products(query.device):
+            for begin in range(first, queries, block):
+                rows = slice(begin, min(begin + block, queries))
+                here = slice(rows.start - first, rows.stop - first)
+                last = tokens - start - (queries - rows.stop) if causal else tokens - start
+                out[row, :, rows], lse[row, :, rows] = _attend(
+                    query[row, :, rows],
+                    pairs[0][:, :last],
+                    pairs[1][:, :last],
+                    bias,
+                    None if seen is None else seen[:, here, :last],
+                    causal,
+                    scale,
+                    softcap,
+                )
+    return out, lse
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """query [Hq, M, D], key [H, N, D], value [H, N, Dv], bias [H, P], mask [Hq or 1, M, N] -> [Hq, M, Dv], [Hq, M].
+
+    Query i stands at the key i + N - M under a causal mask.
+    """
+    (heads, queries, width), (kv_heads, tokens, _) = query.shape, key.shape
+    dtype = accumulation_dtype(query.dtype)
+    # the queries of all heads of a KV head are rows of one product: no key is expanded
+    packed = query.to(dtype).reshape(kv_heads, -1, width)
+    parts = [torch.baddbmm(packed.new_empty(()), packed, part.mT, beta=0, alpha=scale) for part in _parts(key, dtype)]
+    packed_logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if softcap is not None:
+        packed_logits.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        biased = min(bias.shape[1], tokens)
+        packed_logits[:, :, :biased] += bias[:, None, :biased]
+    logits = packed_logits.view(heads, queries, tokens)
+    if causal and queries > 1:
+        unseen = torch.ones(queries, queries - 1, dtype=torch.bool, device=query.device).triu()
+        logits[:, :, tokens - queries + 1 :].masked_fill_(unseen, float("-inf"))
+    if mask is not None:
+        logits.masked_fill_(~mask, float("-inf"))
+    top = packed_logits.amax(-1, keepdim=True)
+    # 0 where nothing is seen: the exponentials are 0 then, not NaN
+    top.masked_fill_(top == float("-inf"), 0.0)
+    attention = packed_logits.sub_(top).exp_()
+    total = attention.sum(-1, keepdim=True)
+    out = packed.new_zeros(*packed.shape[:2], value.shape[2])
+    begin = 0
+    for part in _parts(value, dtype):
+        out.baddbmm_(attention[:, :, begin : begin + part.shape[1]], part)
+        begin += part.shape[1]
+    out.div_(total.masked_fill(total == 0, 1.0))
+    return out.view(heads, queries, -1), top.add_(total.log()).view(heads, queries)
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The rows of x [H, N, D] in order, in a dtype; each part is valid until the next.
+
+    All at once where x has that dtype, as they are if they lie at multiples of a cache line: products of what lies
+    otherwise would have other bits. Else some at a time, as converting all would cost more than the products.
+    """
+    heads, tokens, width = x.shape
+    if x.dtype == dtype:
+        places = (x.data_ptr(), *(stride * x.element_size() for stride in (*x.stride()[:2], width)))
+        yield x if all(place % LINE == 0 for place in places) else x.clone(memory_format=torch.contiguous_format)
+        return
+    size = min(tokens, max(16, PART_ELEMENTS // (heads * width)))
+    buffer = x.new_empty((heads, size, width), dtype=dtype)
+    for part in torch.split(x, size, 1):
+        yield buffer[:, : part.shape[1]].copy_(part)
