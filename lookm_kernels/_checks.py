@@ -106,11 +106,17 @@ def check_ascending(argument: str, indices: Tensor) -> None:
         require(ordered, argument, "strictly ascending with empty places (-1) first", indices)
 
 
-def check_call(**tensors: Tensor | None) -> None:
-    """Before torch's dispatcher: tensors, and none that needs a derivative, rather than cut a graph silently."""
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Before torch's dispatcher, whose own error names no argument: tensors, or None for one that may be left out."""
     for argument, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"`{argument}` must be a tensor, got {type(tensor).__name__}")
+
+
+def check_call(**tensors: Tensor | None) -> None:
+    """Before torch's dispatcher: tensors, and none that needs a derivative, rather than cut a graph silently."""
+    check_tensors(**tensors)
+    for argument, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"`{argument}` must not require a gradient (the op has none), got requires_grad=True; "

@@ -190,6 +190,11 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     torch.library.register_fake(f"lookm::{name}", fake, lib=_library)
 
 
+def register_backward(name: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Give `lookm::<name>` a derivative: `save(ctx, inputs, output)` at the call, `backward(ctx, *gradients)` later."""
+    torch.library.register_autograd(f"lookm::{name}", backward, setup_context=save, lib=_library)
+
+
 def register_in_place(
     name: str, arguments: str, returns: str, run: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:

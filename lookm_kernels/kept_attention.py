@@ -1,24 +1,57 @@
-"""kept_attention: few queries over the pairs that a cache holds, each with a bias of its own."""
+"""kept_attention: queries over the pairs that stayed, each with the votes of what merged into it."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lookm_kernels._checks import (
+    SCORE_DTYPES,
     accumulation_dtype,
+    check_call,
     check_device,
     check_rows,
     check_shape,
     check_tensor,
+    check_tensors,
     require,
 )
 from lookm_kernels._dispatch import implementation, register, register_backward
-from lookm_kernels.merge import check_given
-from lookm_kernels.reference.kept_attention import kept_attention as plain_kept_attention
+
+
+@overload
+def kept_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_bias: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def kept_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_bias: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def kept_attention(
@@ -33,40 +66,54 @@ def kept_attention(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Any:
-    """Attention of M queries, the last of N tokens, over the N stored pairs.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of few queries over many stored pairs, some of which stand for several tokens.
 
-        output[i] = sum over j of softmax_j(cap(q_i . k_j * scale) + key_bias[j]) v_j
-        cap(x) = softcap tanh(x / softcap)
+        out[i] = sum over j of softmax_j(softcap * tanh(scale * q_i . k_j / softcap) + key_bias[j]) * v_j
 
-    With key_bias = log(votes) a pair draws the attention of all the tokens that merged into it (proportional attention,
-    ToMe, arXiv 2210.09461; KeepKV, arXiv 2504.09936): sum of m equal exp(q . k) v = m exp(q . k) v. Query heads of one
-    KV head read its pairs together. Sums are in float32 (float64 for float64); the number of parts they are cut into
-    depends on N and M alone, so the rest of the batch changes no bit.
+    With key_bias = log m, a pair that m tokens were merged into draws the attention of all of them: with equal keys,
+    sum of exp(q . k) v over them = m exp(q . k) v_mean, which is exactly the attention before merging. Token merging
+    calls this proportional attention (ToMe, arXiv 2210.09461); KeepKV (arXiv 2504.09936) gives kept pairs such votes.
+
+    The attention matrix is never held as a whole, and keys are not expanded to the query heads. Gradients go to query,
+    key and value; the backward pass computes the attention matrix anew, and holds it.
 
     Args:
-        query: [B, Hq, M, D], key: [B, H, N, D], value: [B, H, N, Dv], float16, bfloat16, float32 or float64; they are
-            promoted where they differ, as under torch.autocast. Hq is a multiple of H, M <= N.
-        key_bias: [B, H, P] float32, P <= N: of the first P keys; the others have none. -inf hides a key.
-        key_start: [B] int32, the first key of each row that is no padding.
-        mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key; besides the others.
-        causal: query i sees keys 0 to N - M + i only.
-        scale: D ** -0.5 by default. softcap: of the scaled logits, none by default.
-        return_lse: whether to return the log-sum-exp of the logits too.
+        query: [B, Hq, M, D], after rotary embedding.
+        key: [B, H, N, D], as cached; H divides Hq.
+        value: [B, H, N, Dv]. All three float16, bfloat16, float32 or float64; of several dtypes they become the one
+            that holds them all, which is exact.
+        key_bias: [B, H, P] float32 (or float64), P <= N: added to the logits of the first P keys; the others get 0.
+            -inf hides a key.
+        key_start: [B] int32, first position of each row that is not padding. Nobody sees earlier keys.
+        mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, in addition to causal and key_start.
+        causal: query i sees no key after position i + N - M (right-aligned, M <= N).
+        scale: factor of the products, positive; D ** -0.5 by default.
+        softcap: logits become softcap * tanh(logits / softcap), before the bias and the mask.
+        return_lse: return the log-sum-exp too.
 
     Returns:
-        output [B, Hq, M, Dv] of query's dtype; with return_lse (output, lse [B, Hq, M] float32, float64 for float64). A
-        query that sees nothing has output 0 and lse -inf. The output has gradients for query, key and value.
+        [B, Hq, M, Dv] in the dtype of query, 0 for a query that sees nothing. With return_lse also [B, Hq, M] float32
+        (float64 if one of the three is): the natural logarithm of the sum of the exponentials of each query's visible
+        logits, -inf where it sees nothing.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes, devices or head counts that do not fit, M > N under a causal mask, an empty tensor, scale or
+            softcap <= 0, key_start out of range, or a key_bias that requires a gradient.
     """
-    require(isinstance(query, Tensor), "query", "a tensor [B, Hq, M, D]", query)
-    check_given(key_bias=key_bias, key_start=key_start, mask=mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    output, lse = torch.ops.lookm.kept_attention(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
-    return (output, lse) if return_lse else output
+    check_tensors(query=query, key=key, value=value)
+    check_call(key_bias=key_bias, key_start=key_start, mask=mask)
+    out, lse = torch.ops.lookm.kept_attention(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds the numbers of all."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _check(
@@ -77,77 +124,111 @@ def _check(
     key_start: Tensor | None,
     mask: Tensor | None,
     causal: bool,
-    scale: float,
+    scale: float | None,
     softcap: float | None,
 ) -> None:
     check_rows("query", query, "B Hq M D")
     check_rows("key", key, "B H N D")
     check_rows("value", value, "B H N Dv")
-    (batch, heads, queries, width), (_, kv_heads, tokens, _) = query.shape, key.shape
-    fits = key.shape[0] == batch and key.shape[3] == width and heads % kv_heads == 0
-    require(fits, "key", f"[{batch}, a divisor of {heads}, N, {width}] like `query`", key)
-    require(queries <= tokens, "query", f"at most {tokens} queries, as many as there are keys", query)
-    require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N] = {list(key.shape[:3])} like `key`", value)
-    check_device("query", query, key=key, value=value)
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
+    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
+    require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
+    require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N, Dv] = {[*key.shape[:3]]} and Dv, like `key`", value)
+    require(queries <= keys or not causal, "query", f"of at most as many tokens as `key` ({keys})", query)
+    check_device("query", query, key=key, value=value, key_bias=key_bias, key_start=key_start, mask=mask)
     if key_bias is not None:
-        check_tensor("key_bias", key_bias, "B H P", (torch.float32,))
-        fits = key_bias.shape[:2] == key.shape[:2] and key_bias.shape[2] <= tokens
-        require(fits, "key_bias", f"[{batch}, {kv_heads}, at most {tokens}]", key_bias)
-        check_device("query", query, key_bias=key_bias)
+        check_tensor("key_bias", key_bias, "B H P", SCORE_DTYPES)
+        fits = key_bias.shape[:2] == (batch, kv_heads) and key_bias.shape[2] <= keys
+        require(fits, "key_bias", f"[B, H, P] = [{batch}, {kv_heads}, at most {keys}]", key_bias)
     if key_start is not None:
         check_tensor("key_start", key_start, "B", (torch.int32,))
         check_shape("key_start", key_start, (batch,), "B")
-        check_device("query", query, key_start=key_start)
     if mask is not None:
         check_tensor("mask", mask, "B Hq M N", (torch.bool,))
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, tokens)
-        require(fits, "mask", f"[{batch} or 1, {heads} or 1, {queries}, {tokens}]", mask)
-        check_device("query", query, mask=mask)
-    require(scale > 0, "scale", "None or a positive number", scale)
-    require(softcap is None or softcap > 0, "softcap", "None or a positive number", softcap)
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
+        require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
+    require(scale is None or scale > 0, "scale", "positive or None", scale)
+    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
 
 
-def _common_dtype(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-
-
-def _run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, *rest)
-    if rest[1] is not None and rest[1].device.type == "cpu":
-        inside = int(rest[1].min()) >= 0 and int(rest[1].max()) <= key.shape[2]
-        require(inside, "key_start", f"positions from 0 to {key.shape[2]}", rest[1].tolist())
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
+    if key_start is not None and key_start.device.type == "cpu":
+        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
+        require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = _common_dtype(query, key, value)
-    run = implementation("kept_attention", "kept_attention", query.to(dtype), key)
-    output, lse = run(query.to(dtype), key.to(dtype), value.to(dtype), *rest)
-    return output.to(query.dtype), lse
+    pairs = key.to(dtype), value.to(dtype)
+    run = implementation("kept_attention", "kept_attention", query.to(dtype), *pairs)
+    out, lse = run(query.to(dtype), *pairs, key_bias, key_start, mask, causal, scale, softcap)
+    return out.to(query.dtype), lse
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, *rest)
-    lse = query.new_empty(query.shape[:3], dtype=accumulation_dtype(_common_dtype(query, key, value)))
-    return query.new_empty((*query.shape[:3], value.shape[3])), lse
+def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, *options)
+    dtype = accumulation_dtype(_common_dtype(query, key, value))
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    return out, query.new_empty(query.shape[:3], dtype=dtype)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.rest = inputs[6:]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, causal, scale, softcap = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = causal, tensors[0].shape[-1] ** -0.5 if scale is None else scale, softcap
 
 
-def _backward(context: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """By the plain torch version, computed once more: few queries, whose graph need not be kept."""
-    query, key, value, *given = context.saved_tensors
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        dtype = _common_dtype(*inputs)
-        results = plain_kept_attention(*(tensor.to(dtype) for tensor in inputs), *given, *context.rest)
-        gradients = torch.autograd.grad(results, inputs, (grad_output.to(dtype), grad_lse), allow_unused=True)
-    return (*gradients, *(None for _ in (*given, *context.rest)))
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    """The derivative of softmax, for all rows and queries at once; the heads of a KV head are rows of one product."""
+    query, key, value, key_bias, key_start, mask, out, lse = ctx.saved_tensors
+    causal, scale, softcap = ctx.options
+    kv_heads, (queries, tokens) = key.shape[1], (query.shape[2], key.shape[2])
+
+    def packed(x: Tensor) -> Tensor:
+        return x.to(lse.dtype).reshape(x.shape[0], kv_heads, -1, x.shape[3])
+
+    q, grad, keys, values = packed(query), packed(grad_out), key.to(lse.dtype), value.to(lse.dtype)
+    logits = q @ keys.mT * scale
+    slope = None
+    if softcap is not None:
+        bent = torch.tanh(logits / softcap)
+        logits, slope = softcap * bent, 1 - bent * bent
+    if key_bias is not None:
+        logits = logits + pad(key_bias.to(lse.dtype), (0, tokens - key_bias.shape[2]))[:, :, None]
+    position = torch.arange(tokens, dtype=torch.long, device=key.device)
+    seen = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=key.device) if mask is None else mask
+    if causal:
+        seen = seen & (position <= position[tokens - queries :, None])
+    if key_start is not None:
+        seen = seen & (position >= key_start[:, None, None, None])
+    seen = seen.expand(*query.shape[:3], tokens).reshape(logits.shape)
+    total = packed(lse[..., None])
+    # a query that sees nothing has no finite logarithm, and pays no attention
+    attention = (logits - total.masked_fill(total == float("-inf"), 0.0)).exp().masked_fill(~seen, 0.0)
+    mean = (grad * packed(out)).sum(-1, keepdim=True) - packed(grad_lse[..., None])
+    grad_logits = attention * (grad @ values.mT - mean)
+    if slope is not None:
+        grad_logits = grad_logits * slope
+    grad_query = (grad_logits @ keys * scale).reshape(query.shape)
+    grad_key, grad_value = grad_logits.mT @ q * scale, attention.mT @ grad
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 6
 
 
 register(
     "kept_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_start, Tensor? mask, "
-    "bool causal, float scale, float? softcap) -> (Tensor, Tensor)",
+    "bool causal, float? scale, float? softcap) -> (Tensor, Tensor)",
     _run,
     _fake,
 )
-register_backward("kept_attention", _backward, _keep_inputs)
+register_backward("kept_attention", _backward, _save)

@@ -1,6 +1,8 @@
-"""Attention over stored pairs, a block of queries at a time."""
+"""Attention over stored pairs, a block of queries at a time, its products a block of keys at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,6 +10,10 @@ from torch import Tensor
 from lookm_kernels._ambient import whole_products
 from lookm_kernels._checks import accumulation_dtype
 from lookm_kernels.reference._blocks import rows_per_block
+
+# 1 MiB of float32: stays in a core's cache, and is taken from memory that the process has already
+PART_ELEMENTS = 1 << 18
+LINE = 64
 
 
 def kept_attention(
@@ -21,30 +27,36 @@ def kept_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """See lookm_kernels.kept_attention. Row by row over its own keys: the rest of the batch changes no bit.
-
-    Made of operations that have derivatives, so it is its own backward pass too.
-    """
+    """See lookm_kernels.kept_attention. Row by row over its valid tokens: padding and other rows change no bit."""
     batch, heads, queries, _ = query.shape
-    tokens = key.shape[2]
+    tokens, dtype = key.shape[2], accumulation_dtype(query.dtype)
+    out = query.new_zeros((batch, heads, queries, value.shape[3]))
+    lse = query.new_full((batch, heads, queries), float("-inf"), dtype=dtype)
     starts = [0] * batch if key_start is None else key_start.tolist()
-    outputs, sums = [], []
     for row, start in enumerate(starts):
-        block = rows_per_block(heads * tokens)
-        parts = []
-        for begin in range(0, queries, block):
-            end = min(queries, begin + block)
-            # the last of these queries sees no key behind this one
-            seen = tokens - queries + end if causal else tokens
-            allowed = None if mask is None else mask[row if mask.shape[0] > 1 else 0, :, begin:end, start:seen]
-            bias = None if key_bias is None else key_bias[row, :, start:seen]
-            first = tokens - queries + begin - start if causal and (end - begin > 1 or start >= seen) else None
-            part = query[row, :, begin:end], key[row, :, start:seen], value[row, :, start:seen]
-            parts.append(_attend(*part, bias, allowed, first, scale, softcap))
-        output, lse = (torch.cat(x, 1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-        outputs.append(output)
-        sums.append(lse)
-    return torch.stack(outputs), torch.stack(sums)
+        first = max(0, start - (tokens - queries)) if causal else 0
+        if start == tokens:
+            continue
+        seen = mask if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:]
+        bias = key_bias if key_bias is None else key_bias[row, :, start:].to(dtype)
+        pairs = key[row, :, start:], value[row, :, start:]
+        block = rows_per_block(heads * (tokens - start))
+        with whole_products(query.device):
+            for begin in range(first, queries, block):
+                rows = slice(begin, min(begin + block, queries))
+                here = slice(rows.start - first, rows.stop - first)
+                last = tokens - start - (queries - rows.stop) if causal else tokens - start
+                out[row, :, rows], lse[row, :, rows] = _attend(
+                    query[row, :, rows],
+                    pairs[0][:, :last],
+                    pairs[1][:, :last],
+                    bias,
+                    None if seen is None else seen[:, here, :last],
+                    causal,
+                    scale,
+                    softcap,
+                )
+    return out, lse
 
 
 def _attend(
@@ -53,34 +65,57 @@ def _attend(
     value: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    first: int | None,
+    causal: bool,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """query [Hq, M, D], key [H, N, D], value [H, N, Dv], bias [H, P], mask [Hq or 1, M, N] -> [Hq, M, Dv] and [Hq, M].
+    """query [Hq, M, D], key [H, N, D], value [H, N, Dv], bias [H, P], mask [Hq or 1, M, N] -> [Hq, M, Dv], [Hq, M].
 
-    first: the last key that the first query sees, one more for each query after it; None: they see all.
+    Query i stands at the key i + N - M under a causal mask.
     """
-    heads, queries, width = query.shape
-    kv_heads, tokens, _ = key.shape
+    (heads, queries, width), (kv_heads, tokens, _) = query.shape, key.shape
     dtype = accumulation_dtype(query.dtype)
-    packed = query.to(dtype).reshape(kv_heads, -1, width) * scale
-    with whole_products(query.device):
-        logits = packed @ key.to(dtype).transpose(1, 2)
+    # the queries of all heads of a KV head are rows of one product: no key is expanded
+    packed = query.to(dtype).reshape(kv_heads, -1, width)
+    parts = [torch.baddbmm(packed.new_empty(()), packed, part.mT, beta=0, alpha=scale) for part in _parts(key, dtype)]
+    packed_logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
+        packed_logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
-        logits = logits + torch.nn.functional.pad(bias.to(dtype), (0, tokens - bias.shape[1]))[:, None]
-    logits = logits.view(heads, queries, tokens)
+        biased = min(bias.shape[1], tokens)
+        packed_logits[:, :, :biased] += bias[:, None, :biased]
+    logits = packed_logits.view(heads, queries, tokens)
+    if causal and queries > 1:
+        unseen = torch.ones(queries, queries - 1, dtype=torch.bool, device=query.device).triu()
+        logits[:, :, tokens - queries + 1 :].masked_fill_(unseen, float("-inf"))
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    if first is not None:
-        place = torch.arange(tokens, dtype=torch.long, device=query.device)
-        own = torch.arange(first, first + queries, dtype=torch.long, device=query.device)
-        logits = logits.masked_fill(place > own[:, None], float("-inf"))
-    lse = logits.logsumexp(-1) if tokens else logits.new_full(logits.shape[:2], float("-inf"))
-    # the sum of no exponentials: their weights are to be 0 all the same
-    weight = (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
-    with whole_products(query.device):
-        output = weight.view(kv_heads, -1, tokens) @ value.to(dtype)
-    return output.view(heads, queries, -1).to(query.dtype), lse
+        logits.masked_fill_(~mask, float("-inf"))
+    top = packed_logits.amax(-1, keepdim=True)
+    # 0 where nothing is seen: the exponentials are 0 then, not NaN
+    top.masked_fill_(top == float("-inf"), 0.0)
+    attention = packed_logits.sub_(top).exp_()
+    total = attention.sum(-1, keepdim=True)
+    out = packed.new_zeros(*packed.shape[:2], value.shape[2])
+    begin = 0
+    for part in _parts(value, dtype):
+        out.baddbmm_(attention[:, :, begin : begin + part.shape[1]], part)
+        begin += part.shape[1]
+    out.div_(total.masked_fill(total == 0, 1.0))
+    return out.view(heads, queries, -1), top.add_(total.log()).view(heads, queries)
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The rows of x [H, N, D] in order, in a dtype; each part is valid until the next.
+
+    All at once where x has that dtype, as they are if they lie at multiples of a cache line: products of what lies
+    otherwise would have other bits. Else some at a time, as converting all would cost more than the products.
+    """
+    heads, tokens, width = x.shape
+    if x.dtype == dtype:
+        places = (x.data_ptr(), *(stride * x.element_size() for stride in (*x.stride()[:2], width)))
+        yield x if all(place % LINE == 0 for place in places) else x.clone(memory_format=torch.contiguous_format)
+        return
+    size = min(tokens, max(16, PART_ELEMENTS // (heads * width)))
+    buffer = x.new_empty((heads, size, width), dtype=dtype)
+    for part in torch.split(x, size, 1):
+        yield buffer[:, : part.shape[1]].copy_(part)
