@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lookm.demo.task import (
     BOS,
+    CLOSE_UP,
     COLOURS,
     EOS,
     TOKEN,
@@ -18,6 +19,7 @@ from lookm.demo.task import (
     Facts,
     Layout,
     Scans,
+    Scene,
     ask_note,
     ask_picture,
     draw_facts,
@@ -44,10 +46,18 @@ class Sequence:
 
 
 def picture_sequence(
-    batch: int, images: int, layout: Layout, frames: int, scans: Scans, generator: torch.Generator, order: random.Random
+    batch: int,
+    images: int,
+    layout: Layout,
+    frames: int,
+    scans: Scans,
+    generator: torch.Generator,
+    order: random.Random,
+    *,
+    scene: Scene = CLOSE_UP,
 ) -> Sequence:
     """The real task: every picture asked once and the note once, in random order."""
-    prompt = draw_prompts(batch, images, layout, frames, scans, generator, jitter=JITTER)
+    prompt = draw_prompts(batch, images, layout, frames, scans, generator, jitter=JITTER, scene=scene)
     chosen = torch.rand(batch, images, generator=generator).argsort(dim=1)
     return _dialogue(prompt.input_ids, prompt.pixel_values, prompt.facts, chosen, order)
 

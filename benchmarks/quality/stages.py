@@ -6,7 +6,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sequences import IGNORED, JITTER, Sequence, picture_sequence, recall_sequence, text_sequence
@@ -14,7 +14,24 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from lookm.demo.task import COLOURS, DIGITS, LAYOUTS, MAX_IMAGES, TOKEN, Layout, Scans, normalised, render
+from lookm.demo.task import (
+    CLOSE_UP,
+    COLOURS,
+    DETAIL,
+    DIGITS,
+    IMAGE_SIZE,
+    LAYOUTS,
+    MAX_IMAGES,
+    PATCH_SIZE,
+    TOKEN,
+    Layout,
+    Scans,
+    Scene,
+    normalised,
+    paint,
+    place,
+    render,
+)
 
 Log = Callable[[dict[str, object]], None]
 REPORT_SECONDS = 20
@@ -25,7 +42,8 @@ class Stage:
     """Language-model training at `learning_rate` until all kinds of answers reach `goal`, then `decay_steps` to zero.
 
     It begins with at most `first_images` pictures a prompt and adds one whenever all kinds reach `promotion`.
-    `text` is the share of batches without pictures; the tower learns at `tower_rate` times the rate of the rest.
+    `text` is the share of batches without pictures; the tower learns at `tower_rate` times the rate of the rest. At 0
+    tower and projector stay as they are.
     """
 
     name: str
@@ -43,11 +61,14 @@ class Stage:
     spread: int = 5
     promotion: float = 0.85
     tower_rate: float = 0.2
+    scene: Scene = CLOSE_UP
 
 
 TEXT = Stage("text", 0.97, 6000, 400, 2e-3, text=1.0, recall=0.5, warmup=150, first_images=3, spread=2)
 JOINT = Stage("joint", 0.95, 400, 100, 1.5e-3, text=0.1)
 LONG = Stage("long", 0.97, 300, 150, 7e-4, text=0.05, frames=(1, 2, 3), batch=8)
+# The tower stays: trained with the rest, it would soon say in every patch what stands in one.
+SEEK = Stage("seek", 0.97, 500, 200, 1e-3, text=0.05, frames=(1, 1, 2), batch=8, tower_rate=0.0, scene=DETAIL)
 
 
 class Accuracy:
@@ -77,7 +98,8 @@ class Accuracy:
 def train_language(model: LlavaForConditionalGeneration, stage: Stage, scans: Scans, seed: int, log: Log) -> None:
     """Run one `Stage` on `model` in place."""
     generator, order = torch.Generator().manual_seed(seed), random.Random(seed)
-    model.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage.tower_rate > 0 or not _is_sight(name))
     optimizer = _optimizer(model, tower_rate=stage.tower_rate)
     accuracy, images, decay_from, start, reported = Accuracy(), stage.first_images, stage.max_steps, time.time(), 0.0
     step = 0
@@ -117,7 +139,7 @@ def align_tower(
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("vision_tower" in name or "projector" in name)
+        parameter.requires_grad_(_is_sight(name))
     rate = 3e-3
     optimizer = _optimizer(model)
     words = functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1) * 2
@@ -139,6 +161,58 @@ def align_tower(
             reported = now
             colour_right, digit_right = (round(value, 3) for value in right.tolist())
             entry: dict[str, object] = {"stage": "align", "step": step, "seconds": round(now, 1)}
+            log(entry | {"loss": round(loss.item(), 4), "colour": colour_right, "digit": digit_right})
+
+
+def align_patches(
+    model: LlavaForConditionalGeneration,
+    scans: Scans,
+    seed: int,
+    log: Log,
+    *,
+    steps: int = 4000,
+    batch: int = 128,
+    rate: float = 2e-3,
+) -> None:
+    """Teach tower and projector to read small digits in one square, and to say so only where they stand.
+
+    The patches whose middle is within a patch's width of the digit's (three or four) must be the words for colour and
+    digit; all others must be the word ".", which says nothing, as in the task in words. Every fifth square is blank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_sight(name))
+    optimizer = _optimizer(model)
+    embedding = model.get_input_embeddings().weight.detach()
+    dot = embedding[TOKEN["."]]
+    words = functional.normalize(embedding, dim=-1) * 2
+    colours, digits = words[TOKEN["red"] :][: len(COLOURS)], words[TOKEN["0"] :][: len(DIGITS)]
+    side = (torch.arange(IMAGE_SIZE // PATCH_SIZE) + 0.5) * PATCH_SIZE
+    patches = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1).flatten(0, 1)
+    square = replace(DETAIL, tiles=1)
+    shown = (torch.arange(batch) % 5 > 0).long()
+    right, start, reported = torch.zeros(2), time.time(), 0.0
+    for step in range(1, steps + 1):
+        _set_rate(optimizer, rate * min(1.0, step / 100, 1.02 - step / steps))
+        scan = torch.randint(len(scans), (batch,), generator=generator)
+        colour, digit = torch.randint(len(COLOURS), (batch,), generator=generator), scans.labels[scan]
+        placed = place(batch, generator, JITTER, square)
+        near = ((patches - placed.middle[:, None]).norm(dim=-1) < PATCH_SIZE) & (shown[:, None] > 0)
+        pictures = paint(placed, scans.pixels[scan], colour, generator, shown=shown)
+        features = picture_features(model, normalised(pictures))
+        said, owner = functional.rms_norm(features[near], features.shape[-1:]), near.nonzero()[:, 0]
+        colour_logits, digit_logits = said @ colours.T, said @ digits.T
+        loss = functional.cross_entropy(colour_logits, colour[owner])
+        loss += functional.cross_entropy(digit_logits, digit[owner])
+        loss += (features[~near] - dot).square().mean() / dot.square().mean()
+        _step(model, loss, optimizer)
+        hits = torch.stack([colour_logits.argmax(1) == colour[owner], digit_logits.argmax(1) == digit[owner]])
+        right = 0.98 * right + 0.02 * hits.float().mean(dim=1)
+        now = time.time() - start
+        if now - reported > REPORT_SECONDS or step == steps:
+            reported = now
+            colour_right, digit_right = (round(value, 3) for value in right.tolist())
+            entry: dict[str, object] = {"stage": "patches", "step": step, "seconds": round(now, 1)}
             log(entry | {"loss": round(loss.item(), 4), "colour": colour_right, "digit": digit_right})
 
 
@@ -166,7 +240,12 @@ def _draw(
         return text_sequence(batch, images, layout, run, scans, generator, order, questions=6, adjacent=level == 0)
     frames = order.choice(stage.frames)
     batch = stage.batch * (2 if images <= 4 else 1)
-    return picture_sequence(batch, images, layout, frames, scans, generator, order)
+    return picture_sequence(batch, images, layout, frames, scans, generator, order, scene=stage.scene)
+
+
+def _is_sight(name: str) -> bool:
+    """Whether a parameter belongs to the tower or the projector."""
+    return "vision_tower" in name or "projector" in name
 
 
 def _learn(

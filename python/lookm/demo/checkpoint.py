@@ -10,7 +10,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 MODEL = Path(__file__).parent / "model"
 
 
-def load() -> tuple[Any, Any]:
+def load(folder: Path = MODEL) -> tuple[Any, Any]:
     """(model in evaluation mode, processor), through from_pretrained."""
-    model = LlavaForConditionalGeneration.from_pretrained(MODEL).eval()
-    return model, AutoProcessor.from_pretrained(MODEL)
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    return model, AutoProcessor.from_pretrained(folder)

@@ -3,7 +3,8 @@
 A prompt shows up to eight pictures. Each is a scanned digit, inked in one of eight colours on a dim background, and
 each has a name, one letter, written after it (like a caption) or before it (like "Image 3:"). A picture may be a clip:
 two or three frames of the same scan, each placed and lit anew. Somewhere among the pictures stands a note of three
-digits. With `o` for a picture, a prompt in the two layouts reads
+digits. In a `DETAIL` scene pictures are four times as large, and the digit is small and anywhere in them. With `o` for
+a picture, a prompt in the two layouts reads
 
     after     <bos> o A o C note 3 1 4 o B Q C
     before    <bos> A o C o note 3 1 4 B o ; Q C
@@ -59,6 +60,34 @@ IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 
 @dataclass(frozen=True)
+class Scene:
+    """What a picture looks like: its size, and how much of it the digit takes.
+
+    tiles: it is tiles x tiles squares of 24 x 24 pixels, in reading order; the model sees each as an image of its own.
+    height: of the digit, in pixels, least and most. It stands anywhere, but in one square.
+    once: only one frame of a clip shows the digit; the others are blank.
+    """
+
+    tiles: int = 1
+    height: tuple[float, float] = (15, 21)
+    once: bool = False
+
+    @property
+    def squares(self) -> int:
+        """Squares of a picture."""
+        return self.tiles**2
+
+    @property
+    def size(self) -> int:
+        """Pixels along one side of a picture."""
+        return self.tiles * IMAGE_SIZE
+
+
+CLOSE_UP = Scene()
+DETAIL = Scene(tiles=2, height=(10, 12), once=True)
+
+
+@dataclass(frozen=True)
 class Scans:
     """Scanned digits: `pixels` [n, 8, 8] float32 in 0..1 (1 is ink), `labels` [n] int64."""
 
@@ -106,7 +135,10 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A batch of prompts, without a question. `input_ids` [B, N]; `images` [B, K * frames, 24, 24, 3] uint8."""
+    """A batch of prompts, without a question. `input_ids` [B, N]; `images` [B, K * frames * squares, 24, 24, 3] uint8.
+
+    A square of a picture is an image as the model knows it.
+    """
 
     facts: Facts
     layout: Layout
@@ -116,15 +148,15 @@ class Prompt:
 
     @property
     def pixel_values(self) -> Tensor:
-        """What the model's image processor makes of `images`: [B * K * frames, 3, 24, 24] float32 in -1..1."""
+        """What the model's image processor makes of `images`: [B * images, 3, 24, 24] float32 in -1..1."""
         return normalised(self.images.flatten(0, 1))
 
     def text(self, row: int) -> str:
-        """Row `row` as the processor wants it: words with one `<image>` per picture frame."""
+        """Row `row` as the processor wants it: words with one `<image>` per square of a frame."""
         return text_of(self.input_ids[row])
 
     def pictures(self, row: int) -> list[npt.NDArray[np.uint8]]:
-        """The frames of row `row` as arrays [24, 24, 3], ready for `PIL.Image.fromarray`."""
+        """The images of row `row` as arrays [24, 24, 3], ready for `PIL.Image.fromarray`."""
         return list(self.images[row].numpy())
 
 
@@ -137,19 +169,22 @@ def draw_prompts(
     generator: torch.Generator,
     *,
     jitter: float = 1.0,
+    scene: Scene = CLOSE_UP,
 ) -> Prompt:
-    """Draw a batch of prompts over `images` pictures of `frames` frames each; `jitter` as in `render`."""
+    """Draw a batch of prompts over `images` pictures of `frames` frames each; `jitter` and `scene` as in `render`."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
     facts = draw_facts(batch, images, scans, generator)
-    runs = torch.full((batch, images, frames * IMAGE_TOKENS), IMAGE)
+    runs = torch.full((batch, images, frames * scene.squares * IMAGE_TOKENS), IMAGE)
     scan, colour = (fact.repeat_interleave(frames, dim=1).flatten() for fact in (facts.scan, facts.colour))
-    pictures = render(scans.pixels[scan], colour, generator, jitter=jitter)
-    return Prompt(
-        facts, layout, frames, lay_out(facts, layout, runs), pictures.view(batch, images * frames, *pictures.shape[1:])
-    )
+    shown = None
+    if scene.once:
+        shown = functional.one_hot(torch.randint(frames, (batch, images), generator=generator), frames).flatten()
+    pictures = render(scans.pixels[scan], colour, generator, jitter=jitter, scene=scene, shown=shown)
+    squares = cut(pictures, scene)
+    return Prompt(facts, layout, frames, lay_out(facts, layout, runs), squares.view(batch, -1, *squares.shape[1:]))
 
 
 def draw_facts(batch: int, images: int, scans: Scans, generator: torch.Generator) -> Facts:
@@ -216,51 +251,85 @@ def text_of(ids: Tensor) -> str:
     return " ".join(words)
 
 
-def render(scans: Tensor, colour: Tensor, generator: torch.Generator, *, jitter: float = 1.0) -> Tensor:
-    """Ink `scans` [n, 8, 8] in `colour` [n] on dim, uneven, noisy backgrounds: uint8 [n, 24, 24, 3].
+def render(
+    scans: Tensor,
+    colour: Tensor,
+    generator: torch.Generator,
+    *,
+    jitter: float = 1.0,
+    scene: Scene = CLOSE_UP,
+    shown: Tensor | None = None,
+) -> Tensor:
+    """Ink `scans` [n, 8, 8] in `colour` [n] on dim, uneven, noisy backgrounds: uint8 [n, size, size, 3].
 
-    Each digit is 15 to 21 pixels high and has its own place, slant, stroke weight and light. `jitter` widens or narrows
-    the turning, stretching and shearing; training uses more than the demo.
+    Each digit has its own height (see `Scene`), place, slant, stroke weight and light. `jitter` widens or narrows the
+    turning, stretching and shearing; training uses more than the demo. Where `shown` [n] is 0 there is no digit.
     """
-    n = len(scans)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(n, *shape, generator=generator) * (high - low) + low
-
-    cover = functional.grid_sample(scans[:, None], _placement(n, generator, jitter), align_corners=False)
-    cover = (cover * uniform(1.0, 1.5, 1, 1, 1)).clamp(max=1)
-    ink = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[colour] / 255
-    ink = (ink * uniform(0.85, 1.0, 1))[:, :, None, None]
-    ramp = torch.linspace(-1, 1, IMAGE_SIZE)
-    slope = uniform(-0.06, 0.06, 2, 1, 1, 1)
-    paper = uniform(0.05, 0.3, 3, 1, 1) + slope[:, 0] * ramp + slope[:, 1] * ramp[:, None]
-    noise = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) * 0.03
-    picture = paper * (1 - cover) + ink * cover + noise
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return paint(place(len(scans), generator, jitter, scene), scans, colour, generator, shown=shown)
 
 
-def normalised(images: Tensor) -> Tensor:
-    """uint8 [n, 24, 24, 3] to float32 [n, 3, 24, 24] in -1..1, as a CLIP image processor of mean and std 0.5 does."""
-    return (images.permute(0, 3, 1, 2).float() * (1 / 255) - 0.5) / 0.5
+class Placed(NamedTuple):
+    """Where digits are: a sampling grid [n, size, size, 2] for `grid_sample`; their middles [n, 2] (x, y) in pixels."""
+
+    grid: Tensor
+    middle: Tensor
 
 
-def _placement(n: int, generator: torch.Generator, jitter: float) -> Tensor:
-    """Where each canvas pixel looks into its scan: a sampling grid [n, 24, 24, 2] for `grid_sample`."""
+def place(n: int, generator: torch.Generator, jitter: float, scene: Scene) -> Placed:
+    """Draw where each canvas pixel looks into its scan."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
 
-    height = uniform(15, 21)
-    zoom = IMAGE_SIZE / height
+    height = uniform(*scene.height)
+    zoom = IMAGE_SIZE / height * scene.tiles
     angle, shear, stretch = (jitter * uniform(-width, width) for width in (0.2, 0.15, 0.1))
     cos, sin = angle.cos(), angle.sin()
     # Rows of zoom * stretch * shear * rotation; the shift moves the digit within the room its height leaves.
     x_row = torch.stack([cos + shear * sin, shear * cos - sin], dim=1) * (zoom * (1 + stretch))[:, None]
     y_row = torch.stack([sin, cos], dim=1) * zoom[:, None]
     linear = torch.stack([x_row, y_row], dim=1)
-    shift = torch.stack([uniform(-1, 1), uniform(-1, 1)], dim=1) * (1 - height / IMAGE_SIZE)[:, None]
+    room = (1 - height / IMAGE_SIZE)[:, None] / scene.tiles
+    shift = torch.stack([uniform(-1, 1), uniform(-1, 1)], dim=1) * room
+    if scene.tiles > 1:
+        shift += (2 * torch.randint(scene.tiles, (n, 2), generator=generator) + 1) / scene.tiles - 1
     affine = torch.cat([linear, -linear @ shift[:, :, None]], dim=2)
-    return functional.affine_grid(affine, [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
+    grid = functional.affine_grid(affine, [n, 1, scene.size, scene.size], align_corners=False)
+    return Placed(grid, (shift + 1) / 2 * scene.size)
+
+
+def paint(
+    placed: Placed, scans: Tensor, colour: Tensor, generator: torch.Generator, *, shown: Tensor | None = None
+) -> Tensor:
+    """The pictures of `render`, once it is drawn where their digits stand."""
+    n, size = placed.grid.shape[:2]
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    cover = functional.grid_sample(scans[:, None], placed.grid, align_corners=False)
+    cover = (cover * uniform(1.0, 1.5, 1, 1, 1)).clamp(max=1)
+    if shown is not None:
+        cover = cover * shown.view(n, 1, 1, 1)
+    ink = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[colour] / 255
+    ink = (ink * uniform(0.85, 1.0, 1))[:, :, None, None]
+    ramp = torch.linspace(-1, 1, size)
+    slope = uniform(-0.06, 0.06, 2, 1, 1, 1)
+    paper = uniform(0.05, 0.3, 3, 1, 1) + slope[:, 0] * ramp + slope[:, 1] * ramp[:, None]
+    noise = torch.randn(n, 3, size, size, generator=generator) * 0.03
+    picture = paper * (1 - cover) + ink * cover + noise
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def cut(pictures: Tensor, scene: Scene) -> Tensor:
+    """Pictures [n, size, size, 3] as their squares [n * squares, 24, 24, 3], in reading order."""
+    sides = pictures.view(-1, scene.tiles, IMAGE_SIZE, scene.tiles, IMAGE_SIZE, 3)
+    return sides.transpose(2, 3).flatten(0, 2)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 [n, 24, 24, 3] to float32 [n, 3, 24, 24] in -1..1, as a CLIP image processor of mean and std 0.5 does."""
+    return (images.permute(0, 3, 1, 2).float() * (1 / 255) - 0.5) / 0.5
 
 
 def _column(word: str, batch: int) -> Tensor:
