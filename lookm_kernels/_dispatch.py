@@ -206,8 +206,3 @@ def register_in_place(
     register(f"{name}(Tensor(a!) key, Tensor(b!) value, {arguments}) -> {returns}", run, fake)
     outs = "Tensor(a!) out_key, Tensor(b!) out_value"
     register(f"{name}.out(Tensor key, Tensor value, {arguments}, {outs}) -> {returns}", run, fake)
-
-
-def register_backward(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Give `lookm::<name>` a gradient."""
-    torch.library.register_autograd(f"lookm::{name}", backward, setup_context=setup_context, lib=_library)
