@@ -170,9 +170,11 @@ def _run(
         require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = _common_dtype(query, key, value)
-    pairs = key.to(dtype), value.to(dtype)
-    run = implementation("kept_attention", "kept_attention", query.to(dtype), *pairs)
-    out, lse = run(query.to(dtype), *pairs, key_bias, key_start, mask, causal, scale, softcap)
+    rows = query.to(dtype), key.to(dtype), value.to(dtype)
+    # the first tensor's width is the head dimension that a backend must take
+    widest = max(query, value, key=lambda x: x.shape[3])
+    run = implementation("kept_attention", "kept_attention", widest, query, key, value)
+    out, lse = run(*rows, key_bias, key_start, mask, causal, scale, softcap)
     return out.to(query.dtype), lse
 
 

@@ -13,7 +13,11 @@ import lookm_kernels
 
 IN_PLACE = ("merge_", "compact_", "compress_")
 # with ".out" into tensors of their own
-OPS = ("attention_scores", "select_tokens", "nearest_kept", *IN_PLACE, *(f"{op}.out" for op in IN_PLACE))
+OPS = (
+    *("attention_scores", "kept_attention", "select_tokens", "nearest_kept"),
+    *IN_PLACE,
+    *(f"{op}.out" for op in IN_PLACE),
+)
 LAYOUTS = ("contiguous", "heads_last", "window")
 # whether the kernels of this process run in Triton's interpreter, and `device` stands for them
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,6 +128,18 @@ def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed:
             "softcap": 20.0,
             "query_position": torch.tensor(batch * [[-1, 0, 2, 3, 5, 7, 8, 10, 12]], dtype=torch.int32, device=device),
             "head_scale": 1 + random(seed + 6, batch, 2 * heads, device=device).abs(),
+        }
+    if op == "kept_attention":
+        return {
+            "query": random(seed + 4, batch, 2 * heads, queries, width, device=device),
+            "key": key,
+            "value": value,
+            "key_bias": random(seed + 5, batch, heads, tokens - 3, device=device),
+            "key_start": torch.arange(batch, dtype=torch.int32, device=device),
+            "mask": random(seed + 3, batch, 1, queries, tokens, device=device) > -1,
+            "causal": True,
+            "scale": 0.3,
+            "softcap": 20.0,
         }
     if op == "select_tokens":
         return {"scores": scores, "tier": tier, "keep": keep}

@@ -67,7 +67,6 @@ def test_the_same_basename_is_the_same_op_in_every_folder() -> None:
     # compress_ is the others, one after the other
     for backend in ("reference", "triton"):
         kernels = {path.stem for path in (KERNELS / backend).glob("*.py") if not path.stem.startswith("_")}
-        kernels.add("kept_attention")  # its Triton kernel comes next
         assert kernels == OPS - {"compress"}
     # what Triton does poorly
     own = {path.stem for path in (KERNELS / "cuda").glob("*.py") if not path.stem.startswith("_")}

@@ -177,6 +177,22 @@ BAD = (
         Bad("merge_", "evicted_weight", lambda x: x[..., 1:], ValueError, "[B, H, E]", "[2, 3, 7]"),
         Bad("merge_", "kept_weight", torch.Tensor.double, TypeError, "float32", "torch.float64"),
         Bad("merge_", "kept_weight", lambda x: x[..., 1:], ValueError, "[B, H, K]", "[2, 3, 5]"),
+        Bad("kept_attention", "query", lambda x: x.int(), TypeError, "float16 or bfloat16", "torch.int32"),
+        Bad("kept_attention", "query", lambda x: x.repeat(1, 1, 2, 1), ValueError, "at most as many tokens", "18, 8]"),
+        Bad("kept_attention", "query", every_second_column, ValueError, "unit-stride", "(864, 144, 16, 2)"),
+        Bad("kept_attention", "key", lambda x: x[:1], ValueError, "batch size 2", "[1, 3, 13, 8]"),
+        Bad("kept_attention", "key", lambda x: x[..., :4], ValueError, "head dimension 8", "13, 4]"),
+        Bad("kept_attention", "key", lambda x: x.repeat(1, 2, 1, 1)[:, :4], ValueError, "divides the 6", "[2, 4, 13"),
+        Bad("kept_attention", "value", lambda x: x[:, :, :9], ValueError, "[2, 3, 13]", "[2, 3, 9, 5]"),
+        Bad("kept_attention", "key_bias", lambda x: x.half(), TypeError, "float32 or float64", "torch.float16"),
+        Bad("kept_attention", "key_bias", lambda x: x.repeat(1, 1, 2), ValueError, "at most 13", "[2, 3, 20]"),
+        Bad("kept_attention", "key_bias", lambda x: x[:, :1], ValueError, "[2, 3, at most 13]", "[2, 1, 10]"),
+        Bad("kept_attention", "key_start", lambda x: x.long(), TypeError, "int32", "torch.int64"),
+        Bad("kept_attention", "key_start", first_set_to(14), ValueError, "from 0 to 13", "[0, 14]", reads=True),
+        Bad("kept_attention", "mask", lambda x: x.float(), TypeError, "bool", "torch.float32"),
+        Bad("kept_attention", "mask", lambda x: x[..., 1:], ValueError, "[2, 6, 9, 13]", "[2, 1, 9, 12]"),
+        Bad("kept_attention", "scale", constant(0.0), ValueError, "positive", "0.0"),
+        Bad("kept_attention", "softcap", constant(-1.0), ValueError, "positive", "-1.0"),
         Bad("compress_", "scores", lambda x: x[:, :2], ValueError, "[B, H, N] = [2, 3, 13]", "[2, 2, 13]"),
         Bad("compress_", "rule", constant("mean"), ValueError, "one of ['average', ", "'mean'"),
         Bad("compress_", "gate", constant("median"), ValueError, "None or one of ['mean_similarity']", "'median'"),
@@ -186,6 +202,7 @@ BAD = (
 
 TENSORS = [(op, argument) for op in OPS for argument in tensors_of(arguments(op))]
 FLOATS = [(op, argument) for op, argument in TENSORS if arguments(op)[argument].is_floating_point()]
+DIFFERENTIABLE = [("kept_attention", argument) for argument in ("query", "key", "value")]
 
 
 def check(op: str, given: dict[str, Any], error: type[Exception], argument: str, expected: str, came: str) -> None:
@@ -257,7 +274,7 @@ def test_another_device(device: torch.device, op: str, argument: str) -> None:
     check(op, given, ValueError, named, f"on {expected}", came)
 
 
-@pytest.mark.parametrize(("op", "argument"), FLOATS)
+@pytest.mark.parametrize(("op", "argument"), [pair for pair in FLOATS if pair not in DIFFERENTIABLE])
 def test_a_gradient(device: torch.device, op: str, argument: str) -> None:
     given = arguments(op, device)
     given[argument].requires_grad_()

@@ -19,7 +19,7 @@ from compiled import TARGETS, Launch, empty, recorded, resources  # noqa: E402
 
 from lookm_kernels._checks import FP8  # noqa: E402
 from lookm_kernels._dispatch import WIDEST_HEAD  # noqa: E402
-from lookm_kernels.triton import _configs, _lse, compact, merge, nearest, scores, select  # noqa: E402
+from lookm_kernels.triton import _configs, _lse, compact, kept_attention, merge, nearest, scores, select  # noqa: E402
 from lookm_kernels.triton._configs import row_bytes  # noqa: E402
 
 # bytes a thread may spill with float32 or with a mask, else none; older releases of Triton spill more
@@ -57,6 +57,9 @@ def launch_all(float8: bool) -> None:
             compact.compact_(key, key, kept, *outs)
         if dtype != torch.float16:
             scores.attention_scores(query, key, *every_flag)
+            votes, some = empty(BATCH, HEADS, KEPT), query[:, :, :300]
+            kept_attention.kept_attention(some, key, key, votes, start, mask[:, :, :300], True, 0.1, 50.0)
+            kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, None, True, 0.1, None)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
     # as torch.autocast gives them
@@ -69,6 +72,7 @@ def launch_all(float8: bool) -> None:
     scores.attention_scores(one, one, 0.1, True, *[None] * 7)
     select.select_tokens(one[0], place[0], [1])
     nearest.nearest_kept(one, place, place)
+    kept_attention.kept_attention(one, one, one, None, None, None, True, 0.1, None)
     merge.merge_(one, one, place, place, place, one[0], one[0])
     compact.compact_(one, one, place)
 
@@ -136,7 +140,7 @@ def test_the_main_loop_is_the_shortest_that_multiplies() -> None:
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize("tables", [_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS])
+@pytest.mark.parametrize("tables", [_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS, kept_attention.CONFIGS])
 def test_every_head_has_a_configuration(tables: dict[str, dict[int, Any]], dtype: torch.dtype) -> None:
     assert set(tables) == set(TARGETS)
     needed = {row_bytes(width, dtype) for width in range(1, WIDEST_HEAD + 1)}

@@ -59,7 +59,9 @@ def test_opcheck(device: torch.device, op: str) -> None:
     torch.library.opcheck(overload(op), tuple(given.values()))
 
 
-@pytest.mark.parametrize(("op", "other"), [("attention_scores", "query"), *((op, "value") for op in OPS[3:])])
+@pytest.mark.parametrize(
+    ("op", "other"), [("attention_scores", "query"), *((op, "value") for op in OPS if "value" in arguments(op))]
+)
 def test_opcheck_of_two_dtypes(device: torch.device, op: str, other: str) -> None:
     given = arguments(op, device)
     given |= {name: given[name].to(LOW_PRECISION[-1]) for name in (other, f"out_{other}") if name in given}
