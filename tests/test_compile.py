@@ -52,6 +52,10 @@ def launch_all(float8: bool) -> None:
             continue
         nearest.nearest_kept(key, kept, evicted)
         out = empty(BATCH, HEADS, KEPT, width, dtype=dtype)
+        if dtype != torch.float16:
+            group = empty(BATCH, TOKENS, dtype=torch.int32)
+            nearest.nearest_kept(key, kept, evicted, None, group)
+            nearest.nearest_kept(key, kept, evicted, key, group, None, out, out)
         for outs in ((), (out, out)):
             merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float(), *outs)
             compact.compact_(key, key, kept, *outs)
@@ -62,6 +66,8 @@ def launch_all(float8: bool) -> None:
             kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, None, True, 0.1, None)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
+    for votes in (None, empty(BATCH, HEADS, TOKENS)):
+        merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float(), votes, empty(BATCH, HEADS, KEPT))
     # as torch.autocast gives them
     key, value = empty(BATCH, HEADS, TOKENS, 80), empty(BATCH, HEADS, TOKENS, 80, dtype=torch.bfloat16)
     merge.merge_(key, value, kept, evicted, evicted, evicted.float(), kept.float())
@@ -140,7 +146,9 @@ def test_the_main_loop_is_the_shortest_that_multiplies() -> None:
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize("tables", [_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS, kept_attention.CONFIGS])
+@pytest.mark.parametrize(
+    "tables", [_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS, nearest.GROUP_CONFIGS, kept_attention.CONFIGS]
+)
 def test_every_head_has_a_configuration(tables: dict[str, dict[int, Any]], dtype: torch.dtype) -> None:
     assert set(tables) == set(TARGETS)
     needed = {row_bytes(width, dtype) for width in range(1, WIDEST_HEAD + 1)}

@@ -14,6 +14,7 @@ from lookm_kernels.triton._configs import block_and_row, padded_width
 
 TILE = 64
 BLOCK_E = 16
+VOTES_AT_ONCE = 128
 WARPS = 4
 
 
@@ -129,6 +130,27 @@ def _merge_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _votes_kernel(
+    out_ptr, votes_ptr, kept_ptr, starts_ptr, order_ptr, evicted_ptr, N, KEPT, EVICTED, BLOCK_E: tl.constexpr,
+    HAS_VOTES: tl.constexpr,
+):  # fmt: skip
+    c, pid = block_and_row(KEPT)
+    token = tl.load(kept_ptr + pid * KEPT + c)
+    begin = tl.load(starts_ptr + pid * (KEPT + 1) + c)
+    end = tl.load(starts_ptr + pid * (KEPT + 1) + c + 1)
+    total = 1.0 + (end - begin).to(tl.float32)
+    if HAS_VOTES:
+        votes_ptr += pid * N
+        total = tl.load(votes_ptr + token, mask=token >= 0, other=0.0)
+        for first in range(begin, end, BLOCK_E):
+            place = first + tl.arange(0, BLOCK_E)
+            e = tl.load(order_ptr + pid * EVICTED + place, mask=place < end, other=0)
+            merged = tl.load(evicted_ptr + pid * EVICTED + e, mask=place < end, other=0)
+            total += tl.sum(tl.load(votes_ptr + merged, mask=place < end, other=0.0), 0)
+    tl.store(out_ptr + pid * KEPT + c, tl.where(token >= 0, total, 0.0))
+
+
 def merge_(
     key: Tensor,
     value: Tensor,
@@ -151,6 +173,12 @@ def merge_(
     ordered, order = torch.where(merges, pivot, kept_size).sort(dim=-1, stable=True)
     places = torch.arange(kept_size + 1, dtype=torch.int32, device=key.device).expand(batch, heads, -1).contiguous()
     starts = torch.searchsorted(ordered, places, out_int32=True)
+    if out_votes is not None:
+        _votes_kernel[(kept_size * batch * heads,)](
+            out_votes, out_votes if votes is None else votes.contiguous(), kept.contiguous(), starts, order,
+            evicted.contiguous(), key.shape[2], kept_size, evicted_size, BLOCK_E=VOTES_AT_ONCE,
+            HAS_VOTES=votes is not None, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
     tiles = max(1, evicted_size // TILE)
     widths = (key.shape[3], value.shape[3])
     sums = key.new_empty((batch, heads, tiles, sum(widths)), dtype=torch.float32)

@@ -1,4 +1,7 @@
-"""Nearest kept key: a block of evicted tokens walks the kept ones through their indices, with a running maximum."""
+"""Nearest kept key: a block of evicted tokens walks the kept ones through their indices, with a running maximum.
+
+Where what was merged in an earlier round is compared with, the kept ones lie in rows of their own.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ CANDIDATES = [
     Config(64, 128, 4, 2),
     Config(64, 64, 4, 3),
 ]
+# keys and values of a tile at once
+BOTH = {128: Config(64, 32, 4, 2), 256: Config(64, 32, 4, 2), 512: Config(32, 32, 4, 1), 1024: Config(16, 16, 4, 1)}
+GROUP_CONFIGS = dict.fromkeys(CONFIGS, BOTH)
 NORM_ROWS = 64
 
 
@@ -37,6 +43,77 @@ def _norm_kernel(
     # a key of norm 0, or of none that is a number, has cosine 0 with every key
     inverse = tl.where((norm > 0) & (norm < float("inf")), tl.div_rn(1.0, norm), 0.0)
     tl.store(inverse_ptr + pid * N + n, inverse, mask=n < N)
+
+
+@triton.jit
+def _rows(x_ptr, stride_n, row, inverse, D, BLOCK_D: tl.constexpr):
+    """Rows [any, BLOCK_D] of x, zeros where the inverse of the norm is 0."""
+    d = tl.arange(0, BLOCK_D)
+    place = row[:, None].to(tl.int64) * stride_n + d[None, :]
+    return tl.load(x_ptr + place, mask=(inverse != 0)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _nearest_of_group_kernel(
+    key_ptr, value_ptr, kept_key_ptr, kept_value_ptr, inverse_ptr, value_inverse_ptr, kept_inverse_ptr,
+    kept_value_inverse_ptr, kept_ptr, evicted_ptr, group_ptr, pivot_ptr, similarity_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_ph, stride_pn, stride_qb,
+    stride_qh, stride_qn, HEADS, N, KEPT, EVICTED, DK, DV, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_VALUE: tl.constexpr, HAS_GROUP: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+):  # fmt: skip
+    # OWN_ROWS: kept rows and their norms lie at places of the list, else at tokens
+    block, pid = block_and_row(tl.cdiv(EVICTED, BLOCK_E))
+    b, h = pid // HEADS, pid % HEADS
+    right_size = KEPT if OWN_ROWS else N
+    kept_ptr += pid * KEPT
+    key_ptr += b * stride_kb + h * stride_kh
+    kept_key_ptr += b * stride_pb + h * stride_ph
+    inverse_ptr += pid * N
+    kept_inverse_ptr += pid * right_size
+    if HAS_VALUE:
+        value_ptr += b * stride_vb + h * stride_vh
+        kept_value_ptr += b * stride_qb + h * stride_qh
+        value_inverse_ptr += pid * N
+        kept_value_inverse_ptr += pid * right_size
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    lane = tl.arange(0, BLOCK_K)
+    evicted = tl.load(evicted_ptr + pid * EVICTED + e, mask=e < EVICTED, other=-1)
+    inverse = tl.load(inverse_ptr + evicted, mask=evicted >= 0, other=0.0)
+    left = _rows(key_ptr, stride_kn, evicted, inverse, DK, BLOCK_DK)
+    if HAS_VALUE:
+        value_inverse = tl.load(value_inverse_ptr + evicted, mask=evicted >= 0, other=0.0)
+        left_value = _rows(value_ptr, stride_vn, evicted, value_inverse, DV, BLOCK_DV)
+    if HAS_GROUP:
+        group_ptr += b * N
+        group = tl.load(group_ptr + evicted, mask=evicted >= 0, other=0)
+    best = tl.full([BLOCK_E], float("-inf"), tl.float32)
+    pivot = tl.full([BLOCK_E], -1, tl.int32)
+    for begin in range(0, KEPT, BLOCK_K):
+        place = begin + lane
+        kept = tl.load(kept_ptr + place, mask=place < KEPT, other=-1)
+        row = place if OWN_ROWS else kept
+        kept_inverse = tl.load(kept_inverse_ptr + row, mask=kept >= 0, other=0.0)
+        right = _rows(kept_key_ptr, stride_pn, row, kept_inverse, DK, BLOCK_DK)
+        product = tl.dot(left, tl.trans(right), input_precision="ieee")
+        cosine = product * inverse[:, None] * kept_inverse[None, :]
+        if HAS_VALUE:
+            kept_value_inverse = tl.load(kept_value_inverse_ptr + row, mask=kept >= 0, other=0.0)
+            right_value = _rows(kept_value_ptr, stride_qn, row, kept_value_inverse, DV, BLOCK_DV)
+            product = tl.dot(left_value, tl.trans(right_value), input_precision="ieee")
+            cosine = (cosine + product * value_inverse[:, None] * kept_value_inverse[None, :]) * 0.5
+        # minus infinity: an empty place is no pivot, nor is one of another group
+        may = (kept >= 0)[None, :]
+        if HAS_GROUP:
+            may = may & (tl.load(group_ptr + kept, mask=kept >= 0, other=0)[None, :] == group[:, None])
+        cosine = tl.where(may, cosine, float("-inf"))
+        block_best, block_place = tl.max(cosine, 1, return_indices=True, return_indices_tie_break_left=True)
+        better = block_best > best
+        pivot = tl.where(better, begin + block_place, pivot)
+        best = tl.where(better, block_best, best)
+    merges = (evicted >= 0) & (pivot >= 0)
+    tl.store(pivot_ptr + pid * EVICTED + e, tl.where(merges, pivot, -1), mask=e < EVICTED)
+    tl.store(similarity_ptr + pid * EVICTED + e, tl.where(merges, best, 0.0), mask=e < EVICTED)
 
 
 @triton.jit
@@ -86,18 +163,37 @@ def nearest_kept(
     kept_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See lookm_kernels.nearest_kept."""
-    batch, heads, tokens, width = key.shape
     pivot = torch.empty_like(evicted, memory_format=torch.contiguous_format)
     similarity = torch.empty_like(pivot, dtype=torch.float32)
     if evicted.shape[2] == 0:
         return pivot, similarity
-    inverse = key.new_empty((batch, heads, tokens), dtype=torch.float32)
-    strides, block_d = key.stride()[:3], padded_width(width, key.dtype)
-    _norm_kernel[(triton.cdiv(tokens, NORM_ROWS) * batch * heads,)](
-        key, inverse, *strides, heads, tokens, width, BLOCK_N=NORM_ROWS, BLOCK_D=block_d, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
     kept, evicted = kept.contiguous(), evicted.contiguous()
+    if value is None and group is None and kept_key is None:
+        _nearest_of_all(key, kept, evicted, pivot, similarity)
+    else:
+        _nearest_of_group(key, kept, evicted, value, group, kept_key, kept_value, pivot, similarity)
+    if min_similarity is not None:
+        too_far = similarity < min_similarity[..., None]
+        pivot.masked_fill_(too_far, -1)
+        similarity.masked_fill_(too_far, 0.0)
+    return pivot, similarity
+
+
+def _inverse_norms(rows: Tensor) -> Tensor:
+    """[B, H, N] float32 of rows [B, H, N, D]; 0 for a norm of 0, or of none that is a number."""
+    batch, heads, tokens, width = rows.shape
+    inverse = rows.new_empty((batch, heads, tokens), dtype=torch.float32)
+    if tokens:
+        _norm_kernel[(triton.cdiv(tokens, NORM_ROWS) * batch * heads,)](
+            rows, inverse, *rows.stride()[:3], heads, tokens, width, BLOCK_N=NORM_ROWS,
+            BLOCK_D=padded_width(width, rows.dtype), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return inverse
+
+
+def _nearest_of_all(key: Tensor, kept: Tensor, evicted: Tensor, pivot: Tensor, similarity: Tensor) -> None:
+    batch, heads, tokens, width = key.shape
+    inverse, strides, block_d = _inverse_norms(key), key.stride()[:3], padded_width(width, key.dtype)
     sizes = (heads, tokens, kept.shape[2], evicted.shape[2], width)
 
     def run(tile: Config) -> None:
@@ -107,4 +203,39 @@ def nearest_kept(
         )  # fmt: skip
 
     launch("nearest", CONFIGS, CANDIDATES, key, sizes, run)
-    return pivot, similarity
+
+
+def _nearest_of_group(
+    key: Tensor,
+    kept: Tensor,
+    evicted: Tensor,
+    value: Tensor | None,
+    group: Tensor | None,
+    kept_key: Tensor | None,
+    kept_value: Tensor | None,
+    pivot: Tensor,
+    similarity: Tensor,
+) -> None:
+    batch, heads, tokens, width = key.shape
+    own_rows = kept_key is not None
+    lefts = (key, key if value is None else value)
+    # of the two either both are merged rows, or none is: places and tokens are not mixed
+    if own_rows and value is not None and kept_value is None:
+        kept_value = value.gather(2, kept.clamp(min=0).long()[..., None].expand(-1, -1, -1, value.shape[3]))
+    rights = (key if kept_key is None else kept_key, lefts[1] if kept_value is None else kept_value)
+    inverses = [_inverse_norms(x) for x in (lefts if value is not None else lefts[:1])]
+    kept_inverses = [_inverse_norms(x) for x in rights[: len(inverses)]] if own_rows else inverses
+    strides = [stride for x in (*lefts, *rights) for stride in x.stride()[:3]]
+    groups = kept if group is None else group.contiguous()
+    sizes = (heads, tokens, kept.shape[2], evicted.shape[2], width, lefts[1].shape[3])
+    blocks = {"BLOCK_DK": padded_width(width, key.dtype), "BLOCK_DV": padded_width(sizes[-1], lefts[1].dtype)}
+    flags = {"HAS_VALUE": value is not None, "HAS_GROUP": group is not None, "OWN_ROWS": own_rows}
+
+    def run(tile: Config) -> None:
+        _nearest_of_group_kernel[(triton.cdiv(evicted.shape[2], tile.rows) * batch * heads,)](
+            *lefts, *rights, inverses[0], inverses[-1], kept_inverses[0], kept_inverses[-1], kept, evicted, groups,
+            pivot, similarity, *strides, *sizes, BLOCK_E=tile.rows, BLOCK_K=tile.columns, **blocks, **flags,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    launch("nearest_of_group", GROUP_CONFIGS, [], key, sizes, run)
