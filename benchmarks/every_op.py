@@ -30,13 +30,29 @@ def scores(dtype: torch.dtype, device: str) -> list[Tensor]:
     lse = torch.full((BATCH, HEADS, 130), 6.0).to(device)
     picked = (torch.arange(130, dtype=torch.int32) * 2 + 1).expand(BATCH, -1).to(device)
     masked = {"query_weight": weight, "key_start": start, "mask": mask, "softcap": 20.0}
-    options = ({}, masked, {"lse": lse}, {"query_position": picked, "query_weight": weight})
+    several = torch.rand(BATCH, 3, 130).to(device)
+    options = ({}, {"query_weight": several}, masked, {"lse": lse}, {"query_position": picked, "query_weight": weight})
     results = [lookm_kernels.attention_scores(query, key, **each) for each in options]
     if why_no_float8(query.device):
         return results
     (query, query_scale), (key, key_scale) = (lookm_kernels.quantize_heads(x) for x in (query, key))
     scale = query_scale * key_scale.repeat_interleave(HEADS // KV_HEADS, 1)
     return [*results, lookm_kernels.attention_scores(query, key, head_scale=scale)]
+
+
+def kept(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """One query and many, with all options and none, over several splits; values wider than keys."""
+    key, value = torch.randn(BATCH, KV_HEADS, 600, WIDTH), torch.randn(BATCH, KV_HEADS, 600, 70)
+    pairs = key.to(device, dtype), value.to(device, dtype)
+    start = torch.tensor([0, 555], dtype=torch.int32).to(device)
+    bias = torch.rand(BATCH, KV_HEADS, 500).to(device)
+    results = []
+    for queries in (1, 50):
+        query = torch.randn(BATCH, HEADS, queries, WIDTH).to(device, dtype)
+        mask = (torch.rand(BATCH, 1, queries, 600) < 0.9).to(device)
+        every = {"key_bias": bias, "key_start": start, "mask": mask, "softcap": 20.0}
+        results += [lookm_kernels.kept_attention(query, *pairs, **each) for each in ({}, {"causal": False}, every)]
+    return results
 
 
 def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -80,7 +96,7 @@ def lists(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 def main() -> None:
     """The backend and the reference on the same inputs; an error where they differ."""
-    for op in (scores, compression, lists):
+    for op in (scores, kept, compression, lists):
         for dtype in LIMITS:
             results = []
             for backend, device in ((sys.argv[1], DEVICE), ("reference", "cpu")):

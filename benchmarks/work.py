@@ -47,6 +47,12 @@ def attention(batch: int, heads: int, kv_heads: int, tokens: int, width: int) ->
     return Work(4 * width * pairs, moved, pairs)
 
 
+def decode(batch: int, heads: int, kv_heads: int, tokens: int, width: int) -> Work:
+    """One query over stored pairs: each pair and its bias read once."""
+    moved = 2 * batch * (tokens * kv_heads + heads) * width * BF16 + batch * kv_heads * tokens * FLOAT32
+    return Work(4 * width * batch * heads * tokens, moved, batch * heads * tokens)
+
+
 def select(batch: int, heads: int, tokens: int) -> Work:
     """Scores and tiers in, two index lists out that hold every token once."""
     return Work(0, batch * tokens * (heads * FLOAT32 + INT32 + heads * INT32))

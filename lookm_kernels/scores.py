@@ -54,7 +54,10 @@ def attention_scores(
         causal: a query sees no key after its own position.
         lse: [B, Hq, M] float32 (float64 if query or key is), natural-log sum of the exponentials of each query's
             visible logits, when known; computed otherwise.
-        query_weight: [B, M] float32 (or float64): 1 by default; 0 leaves a query out.
+        query_weight: [B, M] float32 (or float64): 1 by default; 0 leaves a query out. [B, W, M]: W weightings at once,
+            such as those of text and of image queries. Each costs a product for the queries that it does not leave out,
+            so that queries shared out among the weightings cost one pass in all on the reference backend; on the others
+            each costs a pass, but the log-sum-exp is computed once.
         key_start: [B] int32, first position of each row that is not padding. Earlier keys are seen by nobody, earlier
             queries count 0.
         mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, in addition to causal and key_start.
@@ -66,7 +69,8 @@ def attention_scores(
             do it, on Hopper in fewer bits than float32 has.
 
     Returns:
-        [B, H, N] float32 (float64 if query or key is). A query that sees no key contributes nothing.
+        [B, H, N] float32 (float64 if query or key is), [B, W, H, N] for W weightings, each with the bits of a call of
+        its own. A query that sees no key contributes nothing.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
@@ -112,8 +116,10 @@ def _check(
         check_tensor("lse", lse, "B Hq M", (accumulation_dtype(_common_dtype(query, key)),))
         check_shape("lse", lse, (batch, heads, queries), "B Hq M")
     if query_weight is not None:
-        check_tensor("query_weight", query_weight, "B M", SCORE_DTYPES)
-        check_shape("query_weight", query_weight, (batch, queries), "B M")
+        several = isinstance(query_weight, Tensor) and query_weight.ndim == 3
+        check_tensor("query_weight", query_weight, "B W M" if several else "B M", SCORE_DTYPES)
+        weightings = (max(1, query_weight.shape[1]),) if several else ()
+        check_shape("query_weight", query_weight, (batch, *weightings, queries), "B W M" if several else "B M")
     if key_start is not None:
         check_tensor("key_start", key_start, "B", (torch.int32,))
         check_shape("key_start", key_start, (batch,), "B")
@@ -165,7 +171,10 @@ def _run(
 
 def _fake(query: Tensor, key: Tensor, *options: Any) -> Tensor:
     _check(query, key, *options)
-    return query.new_empty(key.shape[:3], dtype=accumulation_dtype(_common_dtype(query, key)))
+    query_weight: Tensor | None = options[3]
+    weightings = () if query_weight is None else query_weight.shape[1:-1]
+    shape = (key.shape[0], *weightings, *key.shape[1:3])
+    return query.new_empty(shape, dtype=accumulation_dtype(_common_dtype(query, key)))
 
 
 register(

@@ -86,6 +86,8 @@ BAD = (
         Bad("attention_scores", "lse", lambda _: torch.zeros(2, 6, 8), ValueError, "[2, 6, 9]", "[2, 6, 8]"),
         Bad("attention_scores", "lse", lambda _: torch.zeros(2, 6, 9).half(), TypeError, "float32", "float16"),
         Bad("attention_scores", "query_weight", lambda x: x[:, :8], ValueError, "[2, 9]", "[2, 8]"),
+        Bad("attention_scores", "query_weight", lambda x: x[:, None, :8], ValueError, "[2, 1, 9]", "[2, 1, 8]"),
+        Bad("attention_scores", "query_weight", lambda x: x[:, None][:, :0], ValueError, "[2, 1, 9]", "[2, 0, 9]"),
         Bad("attention_scores", "query_weight", torch.Tensor.bool, TypeError, "float32", "torch.bool [2, 9]"),
         Bad("attention_scores", "key_start", torch.Tensor.long, TypeError, "int32", "torch.int64 [2]"),
         Bad("attention_scores", "key_start", lambda x: x[:1], ValueError, "[B] = [2]", "[1]"),

@@ -9,7 +9,7 @@ import torch
 from inputs import random, same_bits, tiers
 from torch import Tensor
 
-from lookm_kernels import attention_scores, compress_, use_backend
+from lookm_kernels import attention_scores, compress_, kept_attention, use_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +73,25 @@ def test_a_graph_replays_to_the_same_bits(layer: Layer) -> None:
         assert same_bits(captured, kept)
         assert same_bits(work[0][:, :, : max(KEEP)], goal[0][:, :, : max(KEEP)])
         assert same_bits(work[1][:, :, : max(KEEP)], goal[1][:, :, : max(KEEP)])
+
+
+def test_attention_over_kept_pairs_replays_to_the_same_bits(
+    layer: Layer, waiting_is_an_error: Callable[[], None]
+) -> None:
+    """A decode step in a graph: nothing waits, and new keys in the same memory are read."""
+    query, key, value, tier = layer
+    start, bias = (tier == 0).sum(1, dtype=torch.int32), random(3, BATCH, HEADS, TOKENS, device="cuda")
+    step, cached = query[:, :, -1:].clone(), key.clone()
+    kept_attention(step, cached, value, key_bias=bias, key_start=start)
+    waiting_is_an_error()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kept_attention(step, cached, value, key_bias=bias, key_start=start)
+    torch.cuda.set_sync_debug_mode("default")
+    for shift in (0, 5):
+        cached.copy_(key.roll(shift, 1))
+        graph.replay()
+        assert same_bits(captured, kept_attention(step, cached, value, key_bias=bias, key_start=start))
 
 
 def test_extra_memory_is_at_most_a_tenth_of_the_cache() -> None:

@@ -125,6 +125,22 @@ def test_equals_loops(device: torch.device, call: dict[str, Any], layout: str, d
     torch.testing.assert_close(scores.cpu().double(), by_loops(call), rtol=tolerance, atol=tolerance)
 
 
+@given(call=calls(), weightings=st.integers(1, 3))
+def test_several_weightings_are_calls_of_their_own(device: torch.device, call: dict[str, Any], weightings: int) -> None:
+    """Bit for bit; some queries are shared out among the weightings, as those of text and of images are."""
+    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
+    for name in ("query", "key"):
+        on_device[name] = on_device[name].float()
+    batch, _, queries, _ = call["query"].shape
+    chance = random(weightings, batch, weightings, queries)
+    weight = chance.abs().masked_fill(chance < 0, 0.0).to(device)
+    together = attention_scores(**on_device | {"query_weight": weight})
+    assert together.shape == (batch, weightings, *call["key"].shape[1:3])
+    for place in range(weightings):
+        alone = attention_scores(**on_device | {"query_weight": weight[:, place]})
+        assert same_bits(together[:, place], alone)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("nothing_seen", [float("-inf"), float("inf"), 0.0])
 def test_known_log_sum_exp(device: torch.device, nothing_seen: float, softcap: float | None) -> None:

@@ -24,6 +24,11 @@ def attention_scores(
     head_scale: Tensor | None,
 ) -> Tensor:
     """See lookm_kernels.attention_scores. Row by row over its valid tokens: padding and other rows change no bit."""
+    if query_weight is not None and query_weight.ndim == 3:
+        # a weighting multiplies only the queries that it does not leave out
+        rest = key_start, mask, softcap, query_position, head_scale
+        each = [attention_scores(query, key, scale, causal, lse, weight, *rest) for weight in query_weight.unbind(1)]
+        return torch.stack(each, 1)
     batch, queries, tokens = query.shape[0], query.shape[2], key.shape[2]
     scores = torch.zeros(key.shape[:3], dtype=accumulation_dtype(query.dtype), device=query.device)
     starts = [0] * batch if key_start is None else key_start.tolist()

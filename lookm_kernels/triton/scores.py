@@ -6,6 +6,7 @@ order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _scores_kernel(
     if HAS_POSITION:
         position_ptr += row * M
     if HAS_WEIGHT:
-        weight_ptr += row * M
+        weight_ptr += (row * tl.num_programs(2) + tl.program_id(2)) * M
     if HAS_MASK:
         mask_ptr += row * stride_mb + head * stride_mh
     # blocks of queries before the first that sees a key of the block, and before the first that sees them all
@@ -142,17 +143,18 @@ def _scores_kernel(
         sums, key, n, begin, end, query_ptr, lse_ptr, weight_ptr, position_ptr, mask_ptr, stride_qm, stride_mm,
         stride_mn, M, N, D, scale, softcap, False, HAS_POSITION, HAS_WEIGHT, HAS_MASK, HAS_SOFTCAP, BLOCK_M, BLOCK_D,
     )  # fmt: skip
-    tl.store(partial_ptr + (pid * SPLITS + tl.program_id(1)) * N + n, tl.sum(sums, 0), mask=n < N)
+    place = (row * tl.num_programs(2) + tl.program_id(2)) * HEADS + head
+    tl.store(partial_ptr + (place * SPLITS + tl.program_id(1)) * N + n, tl.sum(sums, 0), mask=n < N)
 
 
 @triton.jit
-def _sum_kernel(partial_ptr, start_ptr, scores_ptr, KV_HEADS, PARTS, N, HAS_START: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The parts of a KV head, its query heads and their splits, in order; 0 for padding."""
+def _sum_kernel(partial_ptr, start_ptr, scores_ptr, ROWS, PARTS, N, HAS_START: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The parts of a KV head, query heads and their splits, in order; 0 for padding. ROWS: weightings x KV heads."""
     block, pid = block_and_row(tl.cdiv(N, BLOCK_N))
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     scored = n < N
     if HAS_START:
-        scored = scored & (n >= tl.load(start_ptr + pid // KV_HEADS))
+        scored = scored & (n >= tl.load(start_ptr + pid // ROWS))
     total = tl.zeros([BLOCK_N], tl.float32)
     for part in range(PARTS):
         total += tl.load(partial_ptr + (pid * PARTS + part) * N + n, mask=scored, other=0.0)
@@ -210,20 +212,23 @@ def attention_scores(
 
         launch("lse", _lse.CONFIGS, _lse.CANDIDATES, query, shape, run_lse)
     splits = max(1, WANTED_HEADS // heads)
-    partial = query.new_empty((batch, heads, splits, tokens), dtype=torch.float32)
+    weightings = () if query_weight is None else query_weight.shape[1:-1]
+    partial = query.new_empty((batch, *weightings, heads, splits, tokens), dtype=torch.float32)
     weight = None if query_weight is None else query_weight.float().contiguous()
 
     def run_scores(tile: Config) -> None:
-        _scores_kernel[(triton.cdiv(tokens, tile.columns) * batch * heads, splits)](
+        grid = triton.cdiv(tokens, tile.columns) * batch * heads, splits, math.prod(weightings)
+        _scores_kernel[grid](
             query, key, lse, weight, *rows, partial, *strides, *sizes, **flags,
             HAS_WEIGHT=weight is not None, SPLITS=splits, SCAN=SCAN,
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     launch("scores", CONFIGS, CANDIDATES, query, shape, run_scores)
-    scores = query.new_empty((batch, kv_heads, tokens), dtype=torch.float32)
-    _sum_kernel[(triton.cdiv(tokens, SUM_BLOCK) * batch * kv_heads,)](
-        partial, key_start, scores, kv_heads, heads // kv_heads * splits, tokens, HAS_START=key_start is not None,
+    scores = query.new_empty((batch, *weightings, kv_heads, tokens), dtype=torch.float32)
+    rows_of_one = math.prod(weightings) * kv_heads
+    _sum_kernel[(triton.cdiv(tokens, SUM_BLOCK) * batch * rows_of_one,)](
+        partial, key_start, scores, rows_of_one, heads // kv_heads * splits, tokens, HAS_START=key_start is not None,
         BLOCK_N=SUM_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return scores
