@@ -136,11 +136,11 @@ def targets() -> str:
     return target_table(devices()) + "\n\n" + markdown(["what", "target", f"{result['cpu']} (`make bench`)"], rows)
 
 
-def training() -> str:
-    """Held-out accuracy of the demo model, by seed."""
+def training(name: str = "train") -> str:
+    """Held-out accuracy of a demo model, by seed."""
     columns = ["layout", "frames", "tokens", "answers", "answer", "first", "later", "colour", "digit", "note"]
     rows = []
-    for path in sorted((ROOT / "benchmarks" / "quality" / "results").glob("train-seed*.json")):
+    for path in sorted((ROOT / "benchmarks" / "quality" / "results").glob(f"{name}-seed*.json")):
         record = json.loads(path.read_text())
         for row in record["held_out"]:
             rows.append([str(cell) for cell in (record["seed"], record["minutes"], *(row[name] for name in columns))])
@@ -182,7 +182,11 @@ SECTIONS = {
     "benchmarks/README.md": {"targets": targets, "measured": measured},
     "benchmarks/NOTES.md": {"floors": floors, "disassembly": disassembly},
     "README.md": {"build": build, "demo": demo, "families": families, "policies": policies, "cost": cost},
-    "benchmarks/quality/README.md": {"training": training, "scoring": scoring},
+    "benchmarks/quality/README.md": {
+        "training": training,
+        "detail": lambda: training("detail"),
+        "scoring": scoring,
+    },
 }
 
 

@@ -9,9 +9,20 @@ import pytest
 import torch
 
 from lookm.demo import task
-from lookm.demo.task import LAYOUTS, TOKEN, Layout, Prompt, Scans, ask_note, ask_picture, draw_prompts, held_out_scans
+from lookm.demo.task import (
+    DETAIL,
+    LAYOUTS,
+    TOKEN,
+    Layout,
+    Prompt,
+    Scans,
+    ask_note,
+    ask_picture,
+    draw_prompts,
+    held_out_scans,
+)
 
-MODEL = Path(str(importlib.resources.files("lookm.demo"))) / "model"
+MODEL, DETAIL_MODEL = (Path(str(importlib.resources.files("lookm.demo"))) / name for name in ("model", "detail"))
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -82,6 +93,67 @@ def test_frames_of_a_picture_show_the_same_scan_anew(scans: Scans) -> None:
     assert len({picture.tobytes() for picture in pictures}) == 24
 
 
+def test_the_prompts_that_figures_are_of_stay_the_same(scans: Scans) -> None:
+    """Drawn when the demo was published; pixels only to what another processor's rounding may change."""
+    prompt = draw(scans, "after", seed=7, images=3)
+    assert prompt.facts.scan.tolist() == [[315, 292, 421], [236, 283, 447]]
+    assert prompt.facts.letter.tolist() == [[7, 2, 3], [7, 6, 3]]
+    assert prompt.facts.note.tolist() == [[5, 0, 9], [1, 4, 2]]
+    light = prompt.images.float().mean(dim=(2, 3))
+    torch.testing.assert_close(
+        light[:, -1], torch.tensor([[95.88, 80.88, 67.84], [48.85, 40.18, 57.23]]), rtol=0, atol=0.05
+    )
+
+
+def bright(pictures: torch.Tensor) -> torch.Tensor:
+    """Where ink may be and paper cannot: its lightest, 0.3 + 0.12, is five sigmas of noise below."""
+    return pictures.amax(dim=-1) > 0.58 * 255
+
+
+def test_a_detail_is_small_and_anywhere_but_in_one_square(scans: Scans) -> None:
+    generator, count = torch.Generator().manual_seed(0), 400
+    placed = task.place(count, generator, 1.0, DETAIL)
+    pictures = task.paint(placed, scans.pixels[:count], torch.arange(count) % 8, generator)
+    assert pictures.shape == (count, 48, 48, 3)
+    squares = bright(task.cut(pictures, DETAIL)).view(count, 4, 24, 24)
+    assert (squares.flatten(2).any(dim=2).sum(dim=1) == 1).all()
+    ink = bright(pictures)
+    middle = torch.stack([ink.any(dim=side).float().argmax(dim=1) for side in (1, 2)], dim=1)
+    assert ((middle - placed.middle).abs() <= 8).all(), "the first inked column and row are near the digit's middle"
+    assert (ink.any(dim=2).sum(dim=1) <= 14).all()
+    # all of the picture is used: no part of 12 x 12 pixels without a digit's middle
+    assert len((placed.middle / 12).long().unique(dim=0)) == 16
+
+
+def test_squares_are_in_reading_order() -> None:
+    rows = torch.arange(48)
+    picture = (rows[:, None] * 48 + rows).view(1, 48, 48, 1).expand(-1, -1, -1, 3)
+    squares = task.cut(picture, DETAIL)
+    assert squares[:, 0, 0, 0].tolist() == [0, 24, 24 * 48, 24 * 48 + 24]
+    assert torch.equal(squares[3], picture[0, 24:, 24:])
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_one_frame_of_a_detailed_clip_shows_the_digit(scans: Scans, frames: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompt = draw_prompts(16, 8, "after", frames, scans, generator, scene=DETAIL)
+    shows = bright(prompt.images).flatten(2).any(dim=2).view(16, 8, frames, 4)
+    assert (shows.flatten(2).sum(dim=2) == 1).all()
+    assert shows.any(dim=3).flatten(0, 1).any(dim=0).all(), "any frame may be the one"
+    assert prompt.input_ids.shape[1] == 1 + 8 * (frames * 4 * task.IMAGE_TOKENS + 1) + 4
+
+
+@each_layout
+def test_a_detailed_prompt_passes_the_processor_unchanged(scans: Scans, layout: Layout) -> None:
+    transformers, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
+    processor = transformers.AutoProcessor.from_pretrained(DETAIL_MODEL)
+    prompt = draw_prompts(1, 3, layout, 2, scans, torch.Generator().manual_seed(0), scene=DETAIL)
+    pictures = [image.fromarray(picture) for picture in prompt.pictures(0)]
+    inputs = processor(text=[prompt.text(0)], images=[pictures], return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], prompt.input_ids)
+    torch.testing.assert_close(inputs["pixel_values"], prompt.pixel_values, rtol=0, atol=1e-6)
+
+
 def test_held_out_scans_are_disjoint_from_the_training_scans(scans: Scans) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     everything = datasets.load_digits().images
@@ -116,7 +188,8 @@ def test_the_model_is_small() -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.LlavaForConditionalGeneration.from_pretrained(MODEL)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 3 * 2**20
+    files = [file for folder in (MODEL, DETAIL_MODEL) for file in folder.iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 3 * 2**20
 
 
 @each_layout

@@ -1,6 +1,6 @@
 """Exact match per answer of a demo model with its whole cache, on scans it never saw.
 
-python benchmarks/quality/evaluate.py DIRECTORY
+python benchmarks/quality/evaluate.py DIRECTORY [--detail]
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from lookm.demo.task import (
+    CLOSE_UP,
+    DETAIL,
     LAYOUTS,
     MAX_IMAGES,
     Layout,
     Scans,
+    Scene,
     Turn,
     ask_note,
     ask_picture,
@@ -27,24 +30,32 @@ from lookm.demo.task import (
 )
 
 Row = dict[str, object]
+# clip lengths to measure in each scene
+FRAMES = {CLOSE_UP: (1, 3), DETAIL: (1, 2)}
 
 
 def evaluate(
-    model: LlavaForConditionalGeneration, scans: Scans, *, dialogues: int = 64, frames: tuple[int, ...] = (1, 3)
+    model: LlavaForConditionalGeneration, scans: Scans, *, dialogues: int = 64, scene: Scene = CLOSE_UP
 ) -> list[Row]:
     """One row for each layout and clip length, in percent; a dialogue asks all pictures, then the note."""
-    return [measure(model, layout, clip, scans, dialogues) for layout in LAYOUTS for clip in frames]
+    return [measure(model, layout, clip, scans, dialogues, scene) for layout in LAYOUTS for clip in FRAMES[scene]]
 
 
 @torch.no_grad()
 def measure(
-    model: LlavaForConditionalGeneration, layout: Layout, frames: int, scans: Scans, dialogues: int, batch: int = 16
+    model: LlavaForConditionalGeneration,
+    layout: Layout,
+    frames: int,
+    scans: Scans,
+    dialogues: int,
+    scene: Scene,
+    batch: int = 16,
 ) -> Row:
     """`first` is the first turn's answer, where nothing can be had by elimination; `later` all turns after it."""
     generator = torch.Generator().manual_seed(2406)
     hits: dict[str, list[Tensor]] = defaultdict(list)
     for _ in range(dialogues // batch):
-        prompt = draw_prompts(batch, MAX_IMAGES, layout, frames, scans, generator)
+        prompt = draw_prompts(batch, MAX_IMAGES, layout, frames, scans, generator, scene=scene)
         cache = DynamicCache(config=model.config.get_text_config())
         model(input_ids=prompt.input_ids, pixel_values=prompt.pixel_values, past_key_values=cache)
         order = torch.rand(batch, MAX_IMAGES, generator=generator).argsort(dim=1)
@@ -75,7 +86,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("--dialogues", type=int, default=64)
+    parser.add_argument("--detail", action="store_true", help="small digits in large pictures")
     arguments = parser.parse_args()
     loaded = LlavaForConditionalGeneration.from_pretrained(arguments.directory).eval()
-    for result in evaluate(loaded, held_out_scans(), dialogues=arguments.dialogues):
+    asked = DETAIL if arguments.detail else CLOSE_UP
+    for result in evaluate(loaded, held_out_scans(), dialogues=arguments.dialogues, scene=asked):
         print(json.dumps(result))

@@ -67,8 +67,14 @@ class Stage:
 TEXT = Stage("text", 0.97, 6000, 400, 2e-3, text=1.0, recall=0.5, warmup=150, first_images=3, spread=2)
 JOINT = Stage("joint", 0.95, 400, 100, 1.5e-3, text=0.1)
 LONG = Stage("long", 0.97, 300, 150, 7e-4, text=0.05, frames=(1, 2, 3), batch=8)
-# The tower stays: trained with the rest, it would soon say in every patch what stands in one.
-SEEK = Stage("seek", 0.97, 500, 200, 1e-3, text=0.05, frames=(1, 1, 2), batch=8, tower_rate=0.0, scene=DETAIL)
+# From here on the tower stays: trained with the rest, it could come to say in every patch what stands in one.
+SMALL = Stage(
+    "small", 0.93, 500, 50, 1.5e-3, text=0.05, frames=(1, 1, 2), tower_rate=0.0, scene=replace(DETAIL, tiles=1)
+)
+SEEK = Stage("seek", 0.95, 300, 100, 1e-3, text=0.05, batch=8, tower_rate=0.0, scene=DETAIL)
+FAR = Stage("far", 0.97, 300, 150, 1e-3, text=0.05, frames=(1, 1, 1, 2), batch=8, tower_rate=0.0, scene=DETAIL)
+ALBUM = Stage("album", 0.97, 150, 100, 7e-4, text=0.05, frames=(1, 2, 2), batch=8, tower_rate=0.0, scene=DETAIL)
+SETTLE = Stage("settle", 0.97, 120, 200, 7e-4, text=0.05, frames=(1, 1, 2), batch=8, tower_rate=0.0, scene=DETAIL)
 
 
 class Accuracy:

@@ -1,4 +1,4 @@
-"""The trained demo model and its processor, shipped with the package."""
+"""The trained demo models and their processors, shipped with the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 MODEL = Path(__file__).parent / "model"
+# trained on from MODEL, to read small digits in large pictures
+DETAIL = Path(__file__).parent / "detail"
 
 
 def load(folder: Path = MODEL) -> tuple[Any, Any]:
