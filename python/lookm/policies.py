@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lookm.attention import Attention, Pairs
-from lookm.policy import Policy, is_count, register_policy
+from lookm.policy import Merging, Policy, is_count, is_number, register_policy
 from lookm.prompt import Prompt
 
 SINKS = 4
@@ -127,3 +127,41 @@ class TextPriorWeightedMerge(Policy):
 @dataclass(frozen=True)
 class TextPriorPivotMerge(Policy):
     """Text before images, pivotal merging (LOOK-M, section 3.3); the default."""
+
+
+@register_policy(
+    "auto", text_prior=True, rule="average", votes=True, similarity="key_value", group="medium", min_similarity=0.8,
+    refine=1, floor=2, recent_share=0.2, visit_power=0.25,
+)  # fmt: skip
+@dataclass(frozen=True)
+class Auto(Policy):
+    """Merging with votes, freely where attention is spread, else only into pairs that are alike.
+
+    Every image keeps its two best tokens. Evicted tokens are averaged into the kept pair of their medium that is most
+    like them in key and value, found once more among the merged pairs, and the pair draws the attention of all of them.
+    In heads whose attention is concentrated, as it is on text, only tokens above min_similarity merge.
+
+    spread: below which a head counts as concentrated: the number of tokens that would get its attention in equal parts
+        (the exponential of the entropy of the scores), as a share of the prompt.
+    """
+
+    spread: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_number(self.spread) and 0 <= self.spread <= 1):
+            raise ValueError(f"`spread` must be a share from 0 to 1, got {self.spread!r}")
+
+    def merging(self, pairs: Pairs) -> Merging:
+        """Each head with its own least similarity."""
+        merging = super().merging(pairs)
+        if self.min_similarity is None:
+            return merging
+        scores = pairs.scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        share = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        tokens = torch.special.entr(share).sum(-1).exp()
+        valid = pairs.prompt.valid
+        length = scores.shape[-1] if valid is None else valid.sum(1, keepdim=True)
+        dtype = torch.float64 if pairs.key.dtype == torch.float64 else torch.float32
+        concentrated = tokens < self.spread * length
+        return replace(merging, min_similarity=torch.where(concentrated, self.min_similarity, -1.0).to(dtype))

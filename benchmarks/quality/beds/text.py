@@ -194,3 +194,4 @@ def _nll(logits: Tensor, tokens: Tensor) -> float:
 
 
 TEXT = TextBed()
+TEXT_BF16 = TextBed("text-bf16", torch.bfloat16)
