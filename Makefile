@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 # what a release of transformers can break
 RELEASE := tests/test_families.py tests/test_cache.py tests/test_enable.py
-OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress ops bad_input rules golden dispatch fp8 autotune)
+OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress pivots_and_votes kept_attention ops bad_input rules golden dispatch fp8 autotune)
 
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))

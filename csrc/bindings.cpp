@@ -88,9 +88,9 @@ std::size_t bytes_for_merge(int batch, int heads, int kept_size, int evicted_siz
 }
 
 void run_merge(const Operand &key, const Operand &value, const Operand &out_key, const Operand &out_value, Address kept,
-               Address evicted, Address pivot, Address evicted_weight, Address kept_weight, int batch, int heads,
-               int tokens, int kept_size, int evicted_size, Address workspace, std::size_t workspace_bytes,
-               Address stream) {
+               Address evicted, Address pivot, Address evicted_weight, Address kept_weight, Address votes,
+               Address out_votes, int batch, int heads, int tokens, int kept_size, int evicted_size, Address workspace,
+               std::size_t workspace_bytes, Address stream) {
     const Merge a{rows(key),
                   rows(value),
                   rows(out_key),
@@ -100,6 +100,8 @@ void run_merge(const Operand &key, const Operand &value, const Operand &out_key,
                   pointer<const int>(pivot),
                   pointer<const float>(evicted_weight),
                   pointer<const float>(kept_weight),
+                  pointer<const float>(votes),
+                  pointer<float>(out_votes),
                   dtype_of(key),
                   dtype_of(value),
                   batch,
@@ -151,8 +153,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("merge", &run_merge, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
                py::arg("key"), py::arg("value"), py::arg("out_key"), py::arg("out_value"), py::arg("kept"),
                py::arg("evicted"), py::arg("pivot"), py::arg("evicted_weight"), py::arg("kept_weight"),
-               py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("kept_size"), py::arg("evicted_size"),
-               py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"));
+               py::arg("votes"), py::arg("out_votes"), py::arg("batch"), py::arg("heads"), py::arg("tokens"),
+               py::arg("kept_size"), py::arg("evicted_size"), py::arg("workspace"), py::arg("workspace_bytes"),
+               py::arg("stream"));
     module.def("compact", &run_compact, release(), "Addresses of device memory, sizes, the stream; see lookm.h.",
                py::arg("key"), py::arg("value"), py::arg("out_key"), py::arg("out_value"), py::arg("kept"),
                py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("kept_size"), py::arg("stream"));

@@ -56,6 +56,8 @@ struct Merge {
     const int *kept, *evicted, *pivot;  // [B, H, K], [B, H, E], [B, H, E] contiguous
     const float *evicted_weight;        // [B, H, E] contiguous
     const float *kept_weight;           // [B, H, K] contiguous
+    const float *votes;                 // [B, H, N] contiguous; null: each token stands for itself
+    float *out_votes;                   // [B, H, K] contiguous; null: not wanted
     Dtype key_dtype, value_dtype;
     int batch, heads, tokens, kept_size, evicted_size;
 };

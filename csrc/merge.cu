@@ -80,6 +80,28 @@ __global__ void __launch_bounds__(kThreads)
     starts[group] = low;
 }
 
+// One warp a kept token: its votes and those of its run, in an order that only the run decides.
+__global__ void __launch_bounds__(kThreads)
+    votes_kernel(const float *votes, float *out, const int *kept, const int *starts, const int *order,
+                 const int *evicted, int tokens, int kept_size, int evicted_size, unsigned blocks) {
+    const BlockOfRow here(blocks);
+    const int place = here.block * kWarps + static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
+    if (place >= kept_size) return;
+    const std::int64_t number = static_cast<std::int64_t>(here.row) * kept_size + place;
+    const int begin = starts[number + here.row], end = starts[number + here.row + 1], token = kept[number];
+    float sum = 0.0f;
+    if (votes == nullptr) {
+        sum = 1.0f + static_cast<float>(end - begin);
+    } else {
+        votes += static_cast<std::int64_t>(here.row) * tokens;
+        const std::int64_t offset = static_cast<std::int64_t>(here.row) * evicted_size;
+        for (int item = begin + lane; item < end; item += kWarp) sum += votes[evicted[offset + order[offset + item]]];
+        for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_sync(kAll, sum, lane ^ step);
+        if (token >= 0) sum += votes[token];
+    }
+    if (lane == 0) out[number] = token >= 0 ? sum : 0.0f;
+}
+
 // One lane's piece of the key or value rows of one (row, head).
 template <typename T, int COUNT>
 struct Piece {
@@ -333,6 +355,13 @@ cudaError_t merge(const Merge &a, void *workspace, std::size_t bytes, cudaStream
     error = launch(starts_kernel, rows * start_blocks, kThreads, 0, stream, keys.Current(),
                    in_workspace<int>(workspace, plan.starts), a.kept_size, a.evicted_size, start_blocks);
     if (error != cudaSuccess) return error;
+    if (a.out_votes != nullptr) {
+        const unsigned blocks = ceil_div(a.kept_size, kWarps);
+        error = launch(votes_kernel, rows * blocks, kThreads, 0, stream, a.votes, a.out_votes, a.kept,
+                       in_workspace<const int>(workspace, plan.starts), places.Current(), a.evicted, a.tokens,
+                       a.kept_size, a.evicted_size, blocks);
+        if (error != cudaSuccess) return error;
+    }
     const auto sum = [&](const Merge &part, Dtype dtype) {
         switch (dtype) {
             case Dtype::kFloat16:

@@ -26,7 +26,15 @@ torch.set_num_threads(1)
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-kernels", "cuda-reference")]
 DEVICES = ["triton"] if INTERPRETED else ["cpu", *ON_GPU]
 # the modules that test an op written in CUDA C++, and what holds for every op
-OF_CSRC = {"test_select", "test_merge", "test_compact", "test_compress", "test_ops", "test_ambient"}
+OF_CSRC = {
+    "test_select",
+    "test_merge",
+    "test_pivots_and_votes",
+    "test_compact",
+    "test_compress",
+    "test_ops",
+    "test_ambient",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

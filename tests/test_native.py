@@ -212,7 +212,7 @@ def test_a_failing_merge_names_its_shapes(csrc: Emulator) -> None:
     csrc.configure(error=1)
     message = r"merge \(B=1 H=2 N=9 K=3 D=8 of 4 bytes Dv=8 of 2 bytes E=4\): invalid argument"
     with pytest.raises(RuntimeError, match=message):
-        csrc.module.merge(key, value, key, value, *(5 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
+        csrc.module.merge(key, value, key, value, *(7 * [0]), 1, 2, 9, 3, 4, 0, 0, 0)
 
 
 def test_an_unknown_dtype_is_refused(csrc: Emulator) -> None:

@@ -30,8 +30,11 @@ def merge_(
     workspace_bytes = _native.call("merge_workspace", *sizes)
     workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=key.device)
     lists = [x.contiguous() for x in (kept, evicted, pivot, evicted_weight, kept_weight)]
+    # 0: none are given, or wanted
+    given = None if votes is None else votes.contiguous()
+    counted = [0 if x is None else x.data_ptr() for x in (given, out_votes)]
     outs = (key, value) if out_key is None or out_value is None else (out_key, out_value)
     _native.call(
-        "merge", *(_native.rows(x) for x in (key, value, *outs)), *(x.data_ptr() for x in lists), batch, heads, tokens,
+        "merge", *(_native.rows(x) for x in (key, value, *outs)), *(x.data_ptr() for x in lists), *counted, batch, heads, tokens,
         kept_size, evicted_size, workspace.data_ptr(), workspace_bytes, _native.stream(key.device),
     )  # fmt: skip

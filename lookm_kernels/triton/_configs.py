@@ -53,7 +53,13 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
 
 
 def launch(
-    kernel: str, table: Table, candidates: Sequence[Config], tensor: Tensor, sizes: tuple[int, ...], run: Run
+    kernel: str,
+    table: Table,
+    candidates: Sequence[Config],
+    tensor: Tensor,
+    sizes: tuple[int, ...],
+    run: Run,
+    float32: dict[int, Config] = FLOAT32,
 ) -> None:
     """Run a kernel, `run(config)`, with the tile for `tensor` [..., D]: for its head size, dtype and chip.
 
@@ -63,7 +69,7 @@ def launch(
     as they run many times then. Tiles add in different orders: a process that measures another winner gives other
     last bits.
     """
-    tiles = FLOAT32 if tensor.dtype == torch.float32 else table[chip(tensor.device)]
+    tiles = float32 if tensor.dtype == torch.float32 else table[chip(tensor.device)]
     fixed = tiles[row_bytes(tensor.shape[-1], tensor.dtype)]
     if os.environ.get("LOOKM_AUTOTUNE") != "1":
         return run(fixed)

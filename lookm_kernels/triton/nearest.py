@@ -25,7 +25,14 @@ CANDIDATES = [
     Config(64, 64, 4, 3),
 ]
 # keys and values of a tile at once
-BOTH = {128: Config(64, 32, 4, 2), 256: Config(64, 32, 4, 2), 512: Config(32, 32, 4, 1), 1024: Config(16, 16, 4, 1)}
+BOTH = {128: Config(64, 32, 4, 2), 256: Config(64, 32, 4, 2), 512: Config(32, 32, 4, 1), 1024: Config(16, 16, 8, 1)}
+BOTH_FLOAT32 = {
+    128: Config(32, 32, 4, 1),
+    256: Config(32, 32, 4, 1),
+    512: Config(16, 32, 4, 1),
+    1024: Config(16, 16, 8, 1),
+    2048: Config(16, 16, 8, 1),
+}
 GROUP_CONFIGS = dict.fromkeys(CONFIGS, BOTH)
 NORM_ROWS = 64
 
@@ -238,4 +245,4 @@ def _nearest_of_group(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
-    launch("nearest_of_group", GROUP_CONFIGS, [], key, sizes, run)
+    launch("nearest_of_group", GROUP_CONFIGS, [], key, sizes, run, BOTH_FLOAT32)

@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOME[name] == "lookm.policy":
-        import_module("lookm.policies")  # which registers those that come with the package
+        import_module("lookm.published")  # which registers those that come with the package
     try:
         home = import_module(_HOME[name])
     except ImportError:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from lookm import policies as _registers_the_policies  # noqa: F401
+from lookm import published as _registers_the_policies  # noqa: F401
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
 from lookm.layer import LookMLayer

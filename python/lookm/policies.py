@@ -145,7 +145,7 @@ class Auto(Policy):
         (the exponential of the entropy of the scores), as a share of the prompt.
     """
 
-    spread: float = 0.5
+    spread: float = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()

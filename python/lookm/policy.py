@@ -195,7 +195,7 @@ class Policy:
 POLICIES: dict[str, Policy] = {}
 DESCRIPTIONS: dict[str, str] = {}
 ALIASES = {"lookm": "text_prior_pivot_merge"}
-OWN_MODULE = "lookm.policies"  # of the policies that come with the package
+OWN_MODULES = ("lookm.policies", "lookm.published")  # of the policies that come with the package
 PolicyType = TypeVar("PolicyType", bound=type[Policy])
 
 
@@ -206,7 +206,8 @@ def register_policy(name: str, **defaults: Any) -> Callable[[PolicyType], Policy
     """
 
     def add(policy: PolicyType) -> PolicyType:
-        ours = name in POLICIES and type(POLICIES[name]).__module__ == OWN_MODULE != policy.__module__
+        theirs = policy.__module__ not in OWN_MODULES
+        ours = name in POLICIES and type(POLICIES[name]).__module__ in OWN_MODULES and theirs
         if ours or name in ALIASES:
             raise ValueError(f"`name` must not be that of a policy of the package, got {name!r}")
         POLICIES[name] = replace(policy(), **defaults)

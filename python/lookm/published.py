@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lookm import policies as _registered_before  # noqa: F401  (their order is that of the tables)
 from lookm.attention import Attention, Pairs
 from lookm.policy import Merging, Policy, register_policy
 from lookm.prompt import Prompt

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
-from lookm import policies as _registers_the_policies  # noqa: F401
+from lookm import published as _registers_the_policies  # noqa: F401
 from lookm.budget import ACCEPTED, parse_budget
 from lookm.policy import POLICIES, Policy, resolve_policy
 
