@@ -35,6 +35,6 @@ def merge_(
     counted = [0 if x is None else x.data_ptr() for x in (given, out_votes)]
     outs = (key, value) if out_key is None or out_value is None else (out_key, out_value)
     _native.call(
-        "merge", *(_native.rows(x) for x in (key, value, *outs)), *(x.data_ptr() for x in lists), *counted, batch, heads, tokens,
-        kept_size, evicted_size, workspace.data_ptr(), workspace_bytes, _native.stream(key.device),
+        "merge", *(_native.rows(x) for x in (key, value, *outs)), *(x.data_ptr() for x in lists), *counted, batch,
+        heads, tokens, kept_size, evicted_size, workspace.data_ptr(), workspace_bytes, _native.stream(key.device),
     )  # fmt: skip
