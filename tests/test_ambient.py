@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lookm import Policy
-from lookm.policy import POLICIES, Attention, Prompt
+from lookm import POLICIES, Attention, Pairs, Policy, Prompt
 from lookm_kernels import attention_scores, merge_weights, nearest_kept, quantize_heads, register_rule, rules
 from lookm_kernels._ambient import whole_products
 from lookm_kernels.reference import nearest, scores
@@ -197,9 +197,14 @@ def test_a_policy(device: torch.device, name: str, ambient: Ambient) -> None:
         seen = Attention(
             query, key, prompt, 0.3, causal=causal, key_start=start if causal else None, mask=mask, query_weight=weight
         )
-        final = policy.finish(policy.score(seen), prompt)
-        assert final.dtype == torch.float32
-        return final, prompt.tiers(policy.text_prior)
+        sums = policy.score(seen)
+        pairs = Pairs(prompt, key, key, sums, sums)
+        pairs = replace(pairs, scores=policy.finish(pairs))
+        assert pairs.scores.dtype == torch.float32
+        merging = policy.merging(pairs)
+        given = (policy.levels(pairs), merging.group, merging.min_similarity)
+        decided = [tensor for tensor in given if isinstance(tensor, Tensor)]
+        return pairs.scores, prompt.tiers(policy.text_prior), *decided
 
     for causal in (True, False):
         check_same(decided, given | {"causal": causal}, ambient)

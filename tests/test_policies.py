@@ -42,7 +42,15 @@ DEFAULTS = {
     "text_prior_avg_merge": {"text_prior": True, "rule": "average"},
     "text_prior_weighted_merge": {"text_prior": True, "rule": "weighted"},
     "text_prior_pivot_merge": {"text_prior": True, "rule": "pivotal"},
-}
+    "auto": {
+        "text_prior": True, "rule": "average", "votes": True, "similarity": "key_value", "group": "medium",
+        "min_similarity": 0.8, "refine": 1, "floor": 2, "recent_share": 0.2, "visit_power": 0.25, "spread": 0.15,
+    },
+    "madakv": {"recent_share": 0.1, "window": 32, "cover": 0.9},
+    "mixkv": {"text_prior": True},
+    "vlcache": {"recent_share": 0.1, "window": 64, "threshold": 0.01},
+    "flowmm": {"text_prior": True, "rule": "pivotal", "group": "medium", "crossing": 0.25},
+}  # fmt: skip
 BAD_OPTIONS = [
     ("lookm", {"recent_share": 1.5}),
     ("lookm", {"recent_share": "half"}),
@@ -59,6 +67,15 @@ BAD_OPTIONS = [
     ("lookm", {"queries": "images"}),
     ("lookm", {"queries": None}),
     ("lookm", {"stride": 0}),
+    ("lookm", {"votes": 1}),
+    ("lookm", {"similarity": "value"}),
+    ("lookm", {"group": "text"}),
+    ("lookm", {"min_similarity": 2}),
+    ("lookm", {"refine": -1}),
+    ("lookm", {"floor": 0.5}),
+    ("lookm", {"grid": 1.5}),
+    ("lookm", {"visit_power": -1}),
+    ("auto", {"spread": 2.0}),
     ("lookm", {"stride": 2.0}),
     ("lookm", {"stride": True}),
     ("lookm", {"phase": -1}),
@@ -269,7 +286,7 @@ def test_full_evicts_nothing(budget: dict):
 @pytest.mark.parametrize("budget", [8, 20, 30])
 def test_images_go_before_text(policy: str, budget: int):
     cache, image = prefill(budget=budget, policy=policy)
-    recent = budget // 2
+    recent = int(POLICIES[policy].recent_share * budget)
     text_outside = int((~image[: len(image) - recent]).sum())
     for layer in range(len(cache.layers)):
         for kept in cache.kept_positions(layer)[0]:
