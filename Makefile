@@ -13,7 +13,7 @@ OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))
 
-.PHONY: demo test test-suite test-interpreted test-oldest test-newest test-install families lint format bench gpu wheel clean help
+.PHONY: demo test test-suite test-interpreted test-oldest test-newest test-install families quality lint format bench gpu wheel clean help
 
 help:
 	@echo "make demo         a small vision-language model on a compressed cache; a table and a picture in $(OUT)/"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-newest  the same on the newest transformers that the index has now"
 	@echo "make test-install every way to install the package, with and without nvcc"
 	@echo "make families     every model class of transformers through the same checks; the record of the README's table"
+	@echo "make quality      every policy on the test beds; the tables of benchmarks/quality/README.md"
 	@echo "make lint         ruff, mypy and clang-format"
 	@echo "make format       let ruff and clang-format rewrite what they can"
 	@echo "make bench        benchmarks of this machine's processor"
@@ -55,6 +56,10 @@ test-install: $(VENV)/.ready
 # afterwards, python benchmarks/report.py writes the README's table
 families: $(VENV)/.ready
 	PYTHONPATH=benchmarks OMP_NUM_THREADS=1 $(BIN)/python -m every_model
+
+quality: $(VENV)/.ready
+	$(BIN)/python benchmarks/quality/measure.py --split final
+	$(BIN)/python benchmarks/report.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
