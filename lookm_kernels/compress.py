@@ -112,7 +112,7 @@ def _check(
 def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], *rest: Any) -> Tensor:
     how, outs = _How(*rest[:8]), rest[8:]
     _check(key, value, scores, tier, keep, how, outs)
-    check_apart(key, value, *outs)
+    check_apart(key, value, *outs, votes=how.votes, out_votes=how.out_votes)
     check_tier_values(tier)
     lists: tuple[Tensor, Tensor] = implementation("select_tokens", "select", scores)(scores, tier, keep)
     kept, evicted = lists
