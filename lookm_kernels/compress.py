@@ -74,6 +74,7 @@ def compress_(
     """
     check_call(key=key, value=value, scores=scores, tier=tier)
     check_given(group=group, votes=votes, out_votes=out_votes)
+    _check_refine(refine)
     how = similarity, group, as_heads(key, min_similarity), refine, votes, out_votes
     rest = scores, tier, per_row(keep), rule, gate, *how, *given_outs(out_key, out_value)
     return torch.ops.lookm.compress_(key, value, *rest)  # type: ignore[no-any-return]
@@ -93,6 +94,12 @@ class _How:
     out_votes: Tensor | None
 
 
+def _check_refine(refine: int) -> None:
+    """Before torch's dispatcher too, which takes True for 1 and names no argument of another type."""
+    whole = isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0
+    require(whole, "refine", "a number of rounds, 0 or more", refine)
+
+
 def _check(
     key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], how: _How, outs: tuple[Tensor, ...]
 ) -> None:
@@ -102,8 +109,7 @@ def _check(
     check_shape("scores", scores, key.shape[:3], "B H N")
     check_rule(how.rule, how.gate)
     require(how.similarity in SIMILARITIES, "similarity", f"one of {list(SIMILARITIES)}", how.similarity)
-    whole = isinstance(how.refine, int) and not isinstance(how.refine, bool) and how.refine >= 0
-    require(whole, "refine", "a number of rounds, 0 or more", how.refine)
+    _check_refine(how.refine)
     check_group(key, how.group, how.min_similarity)
     check_vote_tensors(key, max(keep), how.votes, how.out_votes)
     check_outs(key, value, max(keep), outs)
@@ -112,7 +118,7 @@ def _check(
 def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[int], *rest: Any) -> Tensor:
     how, outs = _How(*rest[:8]), rest[8:]
     _check(key, value, scores, tier, keep, how, outs)
-    check_apart(key, value, *outs)
+    check_apart(key, value, *outs, votes=how.votes, out_votes=how.out_votes)
     check_tier_values(tier)
     lists: tuple[Tensor, Tensor] = implementation("select_tokens", "select", scores)(scores, tier, keep)
     kept, evicted = lists

@@ -94,8 +94,13 @@ def given_outs(out_key: Tensor | None, out_value: Tensor | None) -> tuple[Tensor
     return out_key, out_value  # type: ignore[return-value]
 
 
-def check_apart(key: Tensor, value: Tensor, *outs: Tensor) -> None:
-    """What is written must lie apart: what is moved in one would move twice, or be read after it was written."""
+def check_apart(
+    key: Tensor, value: Tensor, *outs: Tensor, votes: Tensor | None = None, out_votes: Tensor | None = None
+) -> None:
+    """What is written must lie apart: what is moved in one would move twice, or be read after it was written.
+
+    It reads addresses, which a tensor that is being traced does not have.
+    """
     first, second = ("out_key", "out_value") if outs else ("key", "value")
     left, right = outs or (key, value)
     same = left.numel() > 0 and left.data_ptr() == right.data_ptr()
@@ -103,6 +108,8 @@ def check_apart(key: Tensor, value: Tensor, *outs: Tensor) -> None:
     for argument, out in zip(("out_key", "out_value"), outs, strict=False):
         for name, tensor in (("key", key), ("value", value)):
             require(not overlap(out, tensor), argument, f"in other memory than `{name}`, which is only read", out)
+    apart = votes is None or out_votes is None or not overlap(out_votes, votes)
+    require(apart, "out_votes", "in other memory than `votes`, which is only read", out_votes)
 
 
 def check_key_value(key: Tensor, value: Tensor, outs: tuple[Tensor, ...]) -> None:
@@ -138,8 +145,6 @@ def check_vote_tensors(key: Tensor, kept_size: int, votes: Tensor | None, out_vo
         check_shape("out_votes", out_votes, (*key.shape[:2], kept_size), "B H K")
         require(out_votes.is_contiguous(), "out_votes", "contiguous", out_votes)
         check_device("key", key, out_votes=out_votes)
-        apart = votes is None or not overlap(out_votes, votes)
-        require(apart, "out_votes", "in other memory than `votes`, which is only read", out_votes)
 
 
 def _check(
@@ -182,7 +187,7 @@ def _run(
 ) -> None:
     lists = kept, evicted, pivot, evicted_weight, kept_weight
     _check(key, value, *lists, votes, out_votes, *outs)
-    check_apart(key, value, *outs)
+    check_apart(key, value, *outs, votes=votes, out_votes=out_votes)
     check_indices("kept", kept, key.shape[2])
     check_ascending("kept", kept)
     check_indices("evicted", evicted, key.shape[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -67,10 +69,15 @@ def nearest_kept(
 
 def as_heads(key: Tensor, min_similarity: float | Tensor | None) -> Tensor | None:
     """min_similarity as a tensor [B, H], filled on the device of key [B, H, N, D]."""
-    if min_similarity is None or isinstance(min_similarity, Tensor):
+    if min_similarity is None:
+        return None
+    if isinstance(min_similarity, Tensor):
+        check_call(min_similarity=min_similarity)
         return min_similarity
-    number = isinstance(min_similarity, (int, float)) and not isinstance(min_similarity, bool)
-    require(number, "min_similarity", "None, a number or a tensor [B, H]", min_similarity)
+    if not isinstance(min_similarity, (int, float)) or isinstance(min_similarity, bool):
+        came = type(min_similarity).__name__
+        raise TypeError(f"`min_similarity` must be None, a number or a tensor [B, H], got {came}")
+    require(not math.isnan(min_similarity), "min_similarity", "a number", min_similarity)
     check_rows("key", key, "B H N D")
     return key.new_full(key.shape[:2], float(min_similarity), dtype=accumulation_dtype(key.dtype))
 

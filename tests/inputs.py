@@ -114,6 +114,11 @@ def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed:
     value = random(seed + 1, batch, heads, tokens, 5, device=device)
     scores, tier = random(seed + 2, batch, heads, tokens, device=device), tiers(seed, batch, tokens, device)
     keep = [5 + row for row in range(batch)]
+    group = torch.arange(tokens, dtype=torch.int32, device=device).remainder(2).repeat(batch, 1)
+    least = random(seed + 6, batch, heads, device=device) / 10
+    votes = random(seed + 7, batch, heads, tokens, device=device).abs().mul(9).ceil()
+    out_votes = torch.full((batch, heads, max(keep)), float("nan"), device=device)
+    counts = {"votes": votes, "out_votes": out_votes}
     if op == "attention_scores":
         chance = random(seed + 3, batch, 1, queries, tokens, device=device)
         return {
@@ -145,16 +150,20 @@ def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed:
         return {"scores": scores, "tier": tier, "keep": keep}
     if op == "compress_":
         given = {"key": key, "value": value, "scores": scores, "tier": tier, "keep": keep}
-        return given | {"rule": "weighted", "gate": "mean_similarity"}
+        given |= {"rule": "weighted", "gate": "mean_similarity", "similarity": "key_value", "group": group}
+        return given | {"min_similarity": least, "refine": 1} | counts
     kept, evicted = lookm_kernels.select_tokens(scores, tier, keep)
     if op == "nearest_kept":
-        return {"key": key, "kept": kept, "evicted": evicted}
+        merged = [random(seed + 8, *kept.shape, x.shape[3], device=device) for x in (key, value)]
+        lists = {"key": key, "kept": kept, "evicted": evicted, "value": value, "group": group}
+        return lists | {"min_similarity": least, "kept_key": merged[0], "kept_value": merged[1]}
     if op == "compact_":
         return {"key": key, "value": value, "kept": kept}
     pivot, similarity = lookm_kernels.nearest_kept(key, kept, evicted)
     evicted_weight, kept_weight = lookm_kernels.merge_weights("weighted", similarity, pivot, kept)
     lists = {"kept": kept, "evicted": evicted, "pivot": pivot}
-    return {"key": key, "value": value} | lists | {"evicted_weight": evicted_weight, "kept_weight": kept_weight}
+    weights = {"evicted_weight": evicted_weight, "kept_weight": kept_weight}
+    return {"key": key, "value": value} | lists | weights | counts
 
 
 def copied(given: dict[str, Any]) -> dict[str, Any]:
@@ -163,15 +172,17 @@ def copied(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def call(op: str, given: dict[str, Any], function: Callable[..., Any] | None = None) -> list[Tensor]:
-    """Runs the op on copies of its arguments: what it returns, then what it leaves in key and value, or in the outs."""
+    """Runs the op on copies of its arguments: what it returns, then what it leaves in key and value, or in the outs,
+    and the votes if it is given a place for them."""
     own = copied(given)
     result = (function or public(op))(**own)
     returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    counted = [own["out_votes"]] if "out_votes" in own else []
     if op.endswith(".out"):
-        return [*returned, own["out_key"], own["out_value"]]
+        return [*returned, own["out_key"], own["out_value"], *counted]
     if op == "compress_":
-        return [result, *(own[name][:, :, : result.shape[2]] for name in ("key", "value"))]
-    return returned + ([own["key"], own["value"]] if op.endswith("_") else [])
+        return [result, *(own[name][:, :, : result.shape[2]] for name in ("key", "value")), *counted]
+    return [*returned, *([own["key"], own["value"]] if op.endswith("_") else []), *counted]
 
 
 def check_outs(run: Callable[..., object], key: Tensor, value: Tensor, kept_size: int) -> None:

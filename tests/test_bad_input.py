@@ -168,6 +168,61 @@ BAD = (
         )
     ]
     + [
+        Bad(op, argument, *rest)
+        for op, arguments_ in {
+            "nearest_kept": ("group", "min_similarity"),
+            "merge_": ("votes", "out_votes"),
+            "compress_": ("group", "min_similarity", "votes", "out_votes"),
+        }.items()
+        for argument in arguments_
+        for rest in {
+            "group": (
+                (torch.Tensor.long, TypeError, "int32", "torch.int64 [2, 13]"),
+                (lambda x: x[:, 1:], ValueError, "[B, N] = [2, 13]", "int32 [2, 12]"),
+                (lambda x: x[:, None], ValueError, "[B, N]", "int32 [2, 1, 13]"),
+            ),
+            "min_similarity": (
+                (torch.Tensor.double, TypeError, "float32", "torch.float64 [2, 3]"),
+                (lambda x: x[:, 1:], ValueError, "[B, H] = [2, 3]", "[2, 2]"),
+                (lambda x: x[0], ValueError, "[B, H]", "[3]"),
+                (constant("high"), TypeError, "None, a number or a tensor [B, H]", "str"),
+                (constant(True), TypeError, "None, a number or a tensor [B, H]", "bool"),
+                (constant(float("nan")), ValueError, "a number", "nan"),
+            ),
+            "votes": (
+                (torch.Tensor.int, TypeError, "float32", "torch.int32 [2, 3, 13]"),
+                (torch.Tensor.double, TypeError, "float32", "torch.float64 [2, 3, 13]"),
+                (lambda x: x[:, :, 1:], ValueError, "[B, H, N] = [2, 3, 13]", "[2, 3, 12]"),
+                (lambda x: x[0], ValueError, "[B, H, N]", "float32 [3, 13]"),
+            ),
+            "out_votes": (
+                (torch.Tensor.half, TypeError, "float32", "torch.float16 [2, 3, 6]"),
+                (lambda x: x[:, :, 1:], ValueError, "[B, H, K] = [2, 3, 6]", "[2, 3, 5]"),
+                (lambda x: x[0], ValueError, "[B, H, K]", "float32 [3, 6]"),
+                (every_second_column, ValueError, "contiguous", "float32 [2, 3, 6]"),
+            ),
+        }[argument]
+    ]
+    + [
+        Bad("nearest_kept", argument, *rest)
+        for argument in ("kept_key", "kept_value")
+        for rest in (
+            (torch.Tensor.half, TypeError, "float32", "torch.float16 [2, 3, 6, "),
+            (lambda x: x[0], ValueError, "[B, H, K, D]", "float32 [3, 6, "),
+            (lambda x: x[:, :, 1:], ValueError, "] = [2, 3, 6, ", "[2, 3, 5, "),
+            (lambda x: x[..., 1:], ValueError, "] = [2, 3, 6, ", "[2, 3, 6, "),
+            (every_second_column, ValueError, "unit-stride", "2)"),
+        )
+    ]
+    + [
+        Bad("nearest_kept", "value", lambda x: x[:, :, 1:], ValueError, "[2, 3, 13] like `key`", "[2, 3, 12, 5]"),
+        Bad("nearest_kept", "value", torch.Tensor.int, TypeError, "float16 or bfloat16", "torch.int32"),
+        Bad("nearest_kept", "value", every_second_column, ValueError, "unit-stride", "2)"),
+        Bad("nearest_kept", "value", constant(None), ValueError, "None where", "[2, 3, 6, 5]", named="kept_value"),
+        Bad("compress_", "similarity", constant("value"), ValueError, "one of ['key', 'key_value']", "'value'"),
+        Bad("compress_", "refine", constant(-1), ValueError, "a number of rounds, 0 or more", "-1"),
+        Bad("compress_", "refine", constant(1.5), ValueError, "a number of rounds, 0 or more", "1.5"),
+        Bad("compress_", "refine", constant(True), ValueError, "a number of rounds, 0 or more", "True"),
         Bad("nearest_kept", "key", lambda x: x[0], ValueError, "[B, H, N, D]", "[3, 13, 8]"),
         Bad("nearest_kept", "key", lambda x: x[..., :0], ValueError, "without an empty dimension", "[2, 3, 13, 0]"),
         Bad("nearest_kept", "key", torch.Tensor.bool, TypeError, "float16 or bfloat16", "torch.bool"),
@@ -257,6 +312,16 @@ def test_one_tensor_for_both_outs(device: torch.device, op: str) -> None:
     given["value"] = given["key"]
     given["out_value"] = given["out_key"]
     check(op, given, ValueError, "out_value", "in other memory than `out_key`", "torch.float32")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "out_votes" in arguments(op)])
+def test_votes_written_over_those_that_are_read(device: torch.device, op: str) -> None:
+    given = arguments(op, device)
+    both = torch.ones(2 * given["votes"].numel(), device=device)
+    given["votes"] = both[: given["votes"].numel()].view(given["votes"].shape)
+    size = given["out_votes"].numel()
+    given["out_votes"] = both[given["votes"].numel() - 1 :][:size].view(given["out_votes"].shape)
+    check(op, given, ValueError, "out_votes", "in other memory than `votes`", "torch.float32 [2, 3, 6]")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -103,6 +103,78 @@ def check(key: Tensor, value: Tensor, merge: Merge) -> None:
         assert only_written(x, was, changed(x, merge).expand_as(x))
 
 
+def counted(merge: Merge, votes: Tensor) -> Tensor:
+    """[B, H, K] float64: the votes of every kept token and of what merges into it, one token after the other."""
+    goal = torch.zeros(merge.kept.shape, dtype=torch.float64)
+    places, moves, tokens, weights = (merge[i].tolist() for i in (0, 2, 1, 3))
+    for row, head in torch.cartesian_prod(*map(torch.arange, goal.shape[:2])).tolist():
+        own = votes[row, head].tolist()
+        for c, token in enumerate(places[row][head]):
+            if token >= 0:
+                goal[row, head, c] = own[token]
+        for to, token, weight in zip(moves[row][head], tokens[row][head], weights[row][head], strict=True):
+            if token >= 0 and to >= 0 and weight != 0:
+                goal[row, head, to] += own[token]
+    return goal
+
+
+def whole_votes(seed: int, key: Tensor, most: int) -> Tensor:
+    """[B, H, N] float32 on the device of key: whole numbers from 0 to `most`."""
+    return torch.randint(0, most + 1, key.shape[:3], generator=torch.Generator().manual_seed(seed)).float().to(key.device)
+
+
+def check_votes(key: Tensor, value: Tensor, merge: Merge, votes: Tensor | None, tolerance: float = 0.0) -> None:
+    """Votes as counted, in place and with outs, and the pairs as without asking for them, bit for bit."""
+    plain, ours = ((key.clone(), value.clone()) for _ in range(2))
+    merge_(*plain, *merge)
+    given = None if votes is None else votes.clone()
+    goal = counted(merge, torch.ones(key.shape[:3]) if votes is None else votes)
+    rows = [x.new_empty(*merge.kept.shape, x.shape[3]) for x in (key, value)]
+    for pair, outs in ((ours, {}), ((key, value), dict(zip(("out_key", "out_value"), rows, strict=True)))):
+        out_votes = torch.full(merge.kept.shape, float("nan"), device=key.device)
+        merge_(*pair, *merge, votes=given, out_votes=out_votes, **outs)
+        torch.testing.assert_close(out_votes.cpu().double(), goal, rtol=tolerance, atol=0)
+        assert not out_votes[merge.kept < 0].any()
+    assert all(map(same_bits, ours, plain))
+    assert given is None or same_bits(given, votes)
+
+
+@given(data=st.data())
+def test_votes_are_those_of_all_that_merged(device: torch.device, data: st.DataObject) -> None:
+    """Whole numbers, so exactly; some weights are 0, some pivots -1, some places empty."""
+    batch, heads, tokens = (data.draw(st.integers(1, top)) for top in (2, 3, 30))
+    keep = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+    seed = data.draw(st.integers(0, 2**31))
+    key, value = (random(seed + i, batch, heads, tokens, width, device=device) for i, width in enumerate((4, 3)))
+    votes = whole_votes(seed, key, 9) if data.draw(st.booleans()) else None
+    check_votes(key, value, some_merge(seed, key, keep), votes)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["one each", "given"])
+@pytest.mark.parametrize("hub", [False, True], ids=["spread", "hub"])
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float32])
+def test_votes_of_a_large_layer(device: torch.device, dtype: torch.dtype, hub: bool, given: bool) -> None:
+    """Two budgets; the votes may be a window of something larger; also when one kept token attracts every other."""
+    key, value = (random(seed, 2, 2, 507, 8, dtype=dtype, device=device) for seed in (0, 1))
+    votes = laid_out(whole_votes(0, key, 1000)[..., None], "window")[..., 0] if given else None
+    check_votes(key, value, some_merge(0, key, [60, 50], hub), votes)
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["spread", "hub"])
+def test_votes_need_not_be_whole(device: torch.device, hub: bool) -> None:
+    """What remains of a token that was split counts as such."""
+    key, value = (random(seed, 2, 2, 507, 8, device=device) for seed in (0, 1))
+    votes = random(2, 2, 2, 507, device=device).abs()
+    check_votes(key, value, some_merge(0, key, [60, 50], hub), votes, 1e-5)
+
+
+def test_votes_where_nothing_is_kept_or_evicted(device: torch.device) -> None:
+    key, value = (random(seed, 1, 2, 17, 4, device=device) for seed in (0, 1))
+    for keep in (0, 17):
+        check_votes(key, value, some_merge(0, key, [keep]), whole_votes(0, key, 5))
+        check_votes(key, value, some_merge(0, key, [keep]), None)
+
+
 @given(data=st.data())
 def test_equals_the_equation(device: torch.device, data: st.DataObject) -> None:
     batch, heads, tokens, width, value_width = (data.draw(st.integers(1, top)) for top in (2, 3, 30, 9, 9))

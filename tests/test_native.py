@@ -87,6 +87,8 @@ def test_merging_in_any_order(csrc: Emulator, layout: str, dtype: torch.dtype, v
         "pivot": pivot.roll(13).expand(1, 2, -1),
         "evicted_weight": random(2, 1, 2, evicted_size).abs() / 100,
         "kept_weight": random(3, 1, 2, kept_size),
+        "votes": random(4, 1, 2, tokens).abs(),
+        "out_votes": torch.full((1, 2, kept_size), float("nan")),
     }
     tolerance = max(1e-5, 2 * torch.finfo(dtype).eps, 2 * torch.finfo(value_dtype).eps)
     check_all_orders(csrc, "merge_", given, tolerance)
@@ -246,7 +248,7 @@ def test_the_launchers_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
     assert calls == ["select"]
     for outs in ((), (key[:, :, :800], value[:, :, :800])):
         calls.clear()
-        merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights, *outs)
+        merge.merge_(key, value, kept, evicted, torch.empty_like(evicted), *weights, None, None, *outs)
         compact.compact_(key, value, kept, *outs)
         assert calls == ["merge_workspace", "merge", "compact"]
     assert kept.shape == (2, 8, 800)

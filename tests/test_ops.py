@@ -64,14 +64,24 @@ def test_opcheck(device: torch.device, op: str) -> None:
 )
 def test_opcheck_of_two_dtypes(device: torch.device, op: str, other: str) -> None:
     given = arguments(op, device)
-    given |= {name: given[name].to(LOW_PRECISION[-1]) for name in (other, f"out_{other}") if name in given}
+    given |= {name: given[name].to(LOW_PRECISION[-1]) for name in (other, f"out_{other}", f"kept_{other}") if name in given}
     torch.library.opcheck(overload(op), tuple(given.values()))
 
 
-def test_opcheck_of_the_defaults(device: torch.device) -> None:
-    given = arguments("attention_scores", device)
-    defaults = (given["query"], given["key"], None, True, *[None] * 7)
-    torch.library.opcheck(torch.ops.lookm.attention_scores.default, defaults)
+DEFAULTS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "attention_scores": (2, (None, True, *[None] * 7)),
+    "nearest_kept": (3, (None,) * 5),
+    "merge_": (7, (None, None)),
+    "compress_": (5, ("pivotal", None, "key", None, None, 0, None, None)),
+}
+
+
+@pytest.mark.parametrize("op", DEFAULTS)
+def test_opcheck_of_the_defaults(device: torch.device, op: str) -> None:
+    """The first arguments as ever, the others as the public function passes them on when they are left out."""
+    needed, rest = DEFAULTS[op]
+    given = list(arguments(op, device).values())
+    torch.library.opcheck(overload(op), (*given[:needed], *rest))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -167,11 +177,11 @@ def test_a_large_layer_gives_the_same_bits_twice(device: torch.device, dtype: to
 
 @pytest.mark.parametrize("op", OPS)
 def test_inputs_are_not_modified(device: torch.device, op: str) -> None:
-    """All but the key and value of an in-place op, or its outs; nor does autograd take them for modified."""
+    """All but key and value of an in-place op, or its outs, and the votes; nor does autograd take them for modified."""
     given = arguments(op, device)
     before, versions = copied(given), {name: x._version for name, x in tensors_of(given).items()}
     public(op)(**given)
-    written = ("key", "value") if op.endswith("_") else ("out_key", "out_value")
+    written = (*(("key", "value") if op.endswith("_") else ("out_key", "out_value")), "out_votes")
     for name, tensor in tensors_of(given).items():
         assert name in written or (same_bits(tensor, before[name]) and tensor._version == versions[name])
 

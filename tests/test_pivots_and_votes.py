@@ -238,7 +238,6 @@ def test_a_row_is_as_alone(device: torch.device):
     [
         ({"similarity": "value"}, "`similarity` must be one of"),
         ({"refine": -1}, "`refine` must be a number of rounds"),
-        ({"min_similarity": "high"}, "`min_similarity` must be None, a number or a tensor"),
         ({"min_similarity": torch.zeros(B)}, r"`min_similarity` must be \[B, H\]"),
         ({"group": torch.zeros(B, N - 1, dtype=torch.int32)}, r"`group` must be \[B, N\]"),
         ({"votes": torch.ones(B, H, N - 1)}, r"`votes` must be \[B, H, N\]"),
