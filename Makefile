@@ -13,7 +13,7 @@ OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))
 
-.PHONY: demo test test-suite test-interpreted test-oldest test-newest test-install families lint format bench gpu wheel clean help
+.PHONY: demo test test-suite test-interpreted test-oldest test-newest test-install families lint format bench quality gpu wheel clean help
 
 help:
 	@echo "make demo         a small vision-language model on a compressed cache; a table and a picture in $(OUT)/"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint         ruff, mypy and clang-format"
 	@echo "make format       let ruff and clang-format rewrite what they can"
 	@echo "make bench        benchmarks of this machine's processor"
+	@echo "make quality      every policy on every test bed, for hours, resumable; the tables and curves of its README"
 	@echo "make gpu          tests, benchmarks and compute-sanitizer on a GPU; results in $(OUT)/"
 	@echo "make wheel        sdist and wheel in dist/, with the CUDA extension where there is an nvcc"
 	@echo "make clean        remove environments and build output"
@@ -69,6 +70,11 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks/bench_reference.py
+
+# what the text bed needs beside it is in benchmarks/quality/README.md; without that it is skipped
+quality: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality/measure.py --split final
+	$(BIN)/python benchmarks/report.py
 
 gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.ready)
 	$(BIN)/python3 benchmarks/gpu.py $(OUT)

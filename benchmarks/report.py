@@ -1,7 +1,7 @@
 """Write the READMEs' tables and plot from the result files (a GPU's: tables.py): python benchmarks/report.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
-docs/kept.png), from `make bench`, from `make families` and from benchmarks/quality/train.py and scoring.py.
+docs/kept.png), from `make bench`, from `make families` and from benchmarks/quality/train.py, scoring.py and measure.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from every_model.table import coverage
+from quality.table import against_published, beds, curves, plot_of
+from quality.table import measured as measured_beds
 from tables import devices, disassembly, draw, floors, markdown, measured, outcome, target_table
 from targets import CPU_TARGETS
 
@@ -185,9 +187,16 @@ SECTIONS = {
     "benchmarks/quality/README.md": {
         "training": training,
         "detail": lambda: training("detail"),
+        "beds": beds,
+        "auto": against_published,
         "scoring": scoring,
     },
 }
+
+
+def plots() -> dict[Path, str]:
+    """Every plot: its file and what is in it."""
+    return {ROOFLINE: draw()} | {plot_of(bed): curves(bed) for bed in measured_beds()}
 
 
 def render(file: str, text: str) -> str:
@@ -205,4 +214,5 @@ if __name__ == "__main__":
     for file in SECTIONS:
         path = ROOT / file
         path.write_text(render(file, path.read_text()))
-    ROOFLINE.write_text(draw())
+    for path, plot in plots().items():
+        path.write_text(plot)
