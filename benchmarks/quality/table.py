@@ -197,21 +197,21 @@ def against_published() -> str:
                     continue
                 mean, low, high = difference(own[budget], best[0], metric)
                 better, worse = (high < 0, low > 0) if metric.less else (low > 0, high < 0)
+                verdict = "better" if better else "**worse**" if worse else "within noise"
                 digits = max(1, metric.digits)
                 by = f"{mean:+.{digits}f} ({low:+.{digits}f}, {high:+.{digits}f})"
                 ours, theirs = (of(cell, metric, full_of(found))[0] for cell in (own[budget], best[0]))
                 name = SHOWN.get(best[0]["policy"], best[0]["policy"])
-                verdict = "better" if better else "**worse**" if worse else "within noise"
                 rival = f"{theirs:.{digits}f} (`{name}`, of {len(published(found, budget))})"
                 rows.append([bed, metric.name, f"{100 * budget:g} %", f"{ours:.{digits}f}", rival, by, verdict])
     if not rows:
         return ""
-    count = {words: sum(row[-1] == words for row in rows) for words in ("better", "within noise", "**worse**")}
+    better, worse = (sum(row[-1] == verdict for row in rows) for verdict in ("better", "**worse**"))
     text = (
         f"`{OURS}` against the best of the published policies that evict (of as many of the {len(PUBLISHED)} as were "
         "measured there), with the 95 % interval of the difference unit by unit. The best is chosen on these very "
-        f"units, which favours it. Of {len(rows)} comparisons {count['better']} are better, {count['within noise']} within noise and "
-        f"{count['**worse**']} worse."
+        f"units, which favours it. Of {len(rows)} comparisons {better} are better, {worse} worse, the others within "
+        "noise."
     )
     header = ["bed", "metric", "budget", OURS, "best published", "difference", ""]
     return text + "\n\n" + markdown(header, rows)
