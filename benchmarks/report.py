@@ -1,8 +1,7 @@
 """Write the READMEs' tables and plot from the result files (a GPU's: tables.py): python benchmarks/report.py
 
 The result files come from `lookm demo --seed 7 --out out` (table.json and kept.png, kept as results/cpu/demo.json and
-docs/kept.png), from `make bench`, from `make families` and from benchmarks/quality/train.py, scoring.py
-and measure.py.
+docs/kept.png), from `make bench`, from `make families` and from benchmarks/quality/train.py, scoring.py and measure.py.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from every_model.table import coverage
+from quality.table import against_published, beds, curves, plot_of
+from quality.table import measured as measured_beds
 from tables import devices, disassembly, draw, floors, markdown, measured, outcome, target_table
 from targets import CPU_TARGETS
 
@@ -24,10 +25,7 @@ from lookm.report import format_bytes
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 ROOFLINE = ROOT / "benchmarks" / "roofline.svg"
-BEDS = ROOT / "benchmarks" / "quality"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks" / "quality")]
-
-import table as beds  # noqa: E402  (a folder of scripts)
+sys.path.insert(0, str(ROOT / "tests"))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -151,6 +149,17 @@ def training(name: str = "train") -> str:
     return markdown(["seed", "minutes", *columns], rows)
 
 
+def votes() -> str:
+    """What votes and each way to merge cost beside the plain path."""
+    rows = []
+    for what, times in read("votes.json")["seconds"].items():
+        rows += [
+            [what, name, f"{1e3 * seconds:.2f} ms", f"{seconds / times['plain']:.2f}"]
+            for name, seconds in times.items()
+        ]
+    return markdown(["", "with", "time", "beside plain"], rows)
+
+
 def scoring() -> str:
     """What cheaper scoring costs: exact match, and the tokens kept as by the exact scores."""
     result = read("scoring.json")
@@ -182,34 +191,6 @@ def scoring() -> str:
     )
 
 
-def bed(name: str) -> str:
-    """A bed's policies at every budget, and its curves."""
-    header, rows = beds.table(name)
-    (BEDS / f"{name}.svg").write_text(beds.curves(name))
-    return f"{markdown(header, rows)}\n\n![{name}: every metric against the budget]({name}.svg)"
-
-
-def every_bed() -> str:
-    """All beds that were measured, on the units that were looked at once."""
-    return "\n\n".join(f"### {name}\n\n{bed(name)}" for name in beds.beds_measured())
-
-
-def votes() -> str:
-    """What votes and each way to merge cost beside the plain path."""
-    rows = []
-    for what, times in read("votes.json")["seconds"].items():
-        rows += [
-            [what, name, f"{1e3 * seconds:.2f} ms", f"{seconds / times['plain']:.2f}"]
-            for name, seconds in times.items()
-        ]
-    return markdown(["", "with", "time", "beside plain"], rows)
-
-
-def against_published() -> str:
-    """The policy auto against the best of the published ones."""
-    return markdown(*beds.against_published())
-
-
 SECTIONS = {
     "benchmarks/README.md": {"targets": targets, "measured": measured},
     "benchmarks/NOTES.md": {"floors": floors, "disassembly": disassembly},
@@ -217,12 +198,17 @@ SECTIONS = {
     "benchmarks/quality/README.md": {
         "training": training,
         "detail": lambda: training("detail"),
-        "beds": every_bed,
+        "beds": beds,
         "auto": against_published,
         "votes": votes,
         "scoring": scoring,
     },
 }
+
+
+def plots() -> dict[Path, str]:
+    """Every plot: its file and what is in it."""
+    return {ROOFLINE: draw()} | {plot_of(bed): curves(bed) for bed in measured_beds()}
 
 
 def render(file: str, text: str) -> str:
@@ -240,4 +226,5 @@ if __name__ == "__main__":
     for file in SECTIONS:
         path = ROOT / file
         path.write_text(render(file, path.read_text()))
-    ROOFLINE.write_text(draw())
+    for path, plot in plots().items():
+        path.write_text(plot)

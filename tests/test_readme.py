@@ -36,8 +36,11 @@ def test_generated_sections_are_up_to_date(generator: ModuleType, file: str) -> 
     assert generator.render(file, text) == text
 
 
-def test_the_plot_is_up_to_date(generator: ModuleType) -> None:
-    assert generator.ROOFLINE.read_text() == generator.draw()
+def test_the_plots_are_up_to_date(generator: ModuleType) -> None:
+    plots = generator.plots()
+    assert generator.ROOFLINE in plots
+    for path, plot in plots.items():
+        assert path.read_text() == plot
 
 
 def test_the_demo_model_reached_its_target() -> None:

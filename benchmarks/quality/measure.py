@@ -1,7 +1,8 @@
 """Measure policies on the test beds: python benchmarks/quality/measure.py --split final
 
 One result file for each bed and split, under benchmarks/quality/results/, written after every cell. What is in it with
-the same fields of the policy is not measured again, so an interrupted run is called once more.
+the same fields of the policy is not measured again, so an interrupted run is called once more. Beds may be measured by
+several processes at once, one bed may not: each would write the file without the other's cells.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from beds.bed import FULL, Bed, Split
-from beds.demo import DEMO
-from beds.detail import DETAIL, DETAIL16
-from beds.text import TEXT, TEXT_BF16, why_missing
 
 from lookm import POLICIES, Policy
-from lookm.policy import resolve_policy
+from lookm.policy import ALIASES, resolve_policy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quality.beds.bed import FULL, Bed, Split
+from quality.beds.demo import DEMO
+from quality.beds.detail import DETAIL, DETAIL16
+from quality.beds.text import TEXT, TEXT_BF16, why_missing
 
 RESULTS = Path(__file__).parent / "results"
 BEDS: dict[str, Bed] = {bed.name: bed for bed in (DEMO, DETAIL, DETAIL16, TEXT, TEXT_BF16)}
@@ -40,18 +44,24 @@ def cells_of(file: Path) -> list[dict[str, Any]]:
 
 
 def measure(
-    bed: Bed, split: Split, wanted: Sequence[tuple[str, Policy, float]], file: Path, say: Any = print
+    bed: Bed,
+    split: Split,
+    wanted: Sequence[tuple[str, Policy, float]],
+    file: Path,
+    say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
     """All cells of a result file, after those of `wanted`, (name, policy, budget), that it lacks were measured."""
     cells = cells_of(file)
     for name, policy, budget in wanted:
-        key = {"policy": name, "fields": asdict(policy), "budget": budget}
+        # as the file has them: a tuple is a list there
+        fields = json.loads(json.dumps(asdict(policy)))
+        key = {"policy": name, "fields": fields, "budget": budget}
         if any(all(cell[field] == value for field, value in key.items()) for cell in cells):
             continue
         # of a policy whose defaults have changed the old figures are no longer its own
         same = {"policy": name, "budget": budget, "protect_text": policy.protect_text}
         cells = [cell for cell in cells if not all(cell[field] == value for field, value in same.items())]
-        cells.append({**same, "fields": key["fields"], "units": bed.measure(policy, budget, split)})
+        cells.append({**same, "fields": fields, "units": bed.measure(policy, budget, split)})
         write(file, cells)
         say(f"{bed.name} {split}: {name} at {budget}")
     return cells
@@ -70,9 +80,10 @@ def cells_wanted(
     policies: Sequence[str], budgets: Sequence[float], protect_text: bool
 ) -> list[tuple[str, Policy, float]]:
     """The full cache, then every policy at every budget; with protect_text those that have a text prior once more."""
-    plain = [resolve_policy(name, {}) for name in policies]
+    names = dict.fromkeys(ALIASES.get(name, name) for name in policies)
     wanted = [("full", FULL, 1.0)]
-    for name, policy in zip(policies, plain, strict=True):
+    for name in names:
+        policy = resolve_policy(name, {})
         variants = [policy]
         if protect_text and policy.text_prior and not policy.uneven:
             variants.append(resolve_policy(name, {"protect_text": True}))

@@ -3,44 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from quality.curves import Curve, Panel, draw
+from tables import markdown
+
+from lookm import POLICIES
 
 RESULTS = Path(__file__).parent / "results"
 DRAWS, SEED = 2000, 0
-# the policies of the package that come from papers before this one's defaults, `full` apart
-TWELVE = (
-    "h2o", "mean_h2o", "snapkv", "streaming", "avg_merge", "weighted_merge", "pivot_merge", "text_prior_h2o",
-    "text_prior_avg_merge", "text_prior_weighted_merge", "text_prior_pivot_merge",
-)  # fmt: skip
-CURVES = {"full": "#888", "text_prior_pivot_merge": "#c33", "text_prior_h2o": "#36c", "snapkv": "#393", "auto": "#000"}
+OURS = "auto"
+# what the default is compared with: the policies of the package that come from papers and evict
+PUBLISHED = [
+    name
+    for name, policy in POLICIES.items()
+    if policy.evicts and name != OURS and type(policy).__module__ == "lookm.policies"
+]
 SHOWN = {"text_prior_pivot_merge": "lookm"}
+COLOURS = {"full": "#888", "text_prior_pivot_merge": "#c33", "text_prior_h2o": "#36c", "snapkv": "#393", OURS: "#000"}
 
 Cell = dict[str, Any]
-Floats = npt.NDArray[np.float64]
+Interval = tuple[float, float, float]
 
 
-def _layout(name: str) -> Callable[[Cell], Floats]:
-    def of(cell: Cell) -> Floats:
-        units = [unit for unit in cell["units"] if unit["layout"] == name]
-        return np.array([100 * unit["right"] / unit["answers"] for unit in units])
+class Metric(NamedTuple):
+    """A number of every unit: factor * field, or factor * field / share; of the units of one layout, or of all.
 
-    return of
+    over_full: shown as what it is more than with the full cache. less: whether less of it is better.
+    """
+
+    name: str
+    field: str
+    share: str | None = None
+    layout: str | None = None
+    factor: float = 1.0
+    over_full: bool = False
+    less: bool = False
+    digits: int = 0
+
+    def shown(self, interval: Interval) -> str:
+        """Mean and interval."""
+        mean, low, high = (f"{number:.{self.digits}f}" for number in interval)
+        return f"{mean} ({low}, {high})"
 
 
-def _mean(name: str, factor: float = 1.0, share: str | None = None) -> Callable[[Cell], Floats]:
-    return lambda cell: np.array([factor * unit[name] / (unit[share] if share else 1) for unit in cell["units"]])
+class Sort(NamedTuple):
+    """What is shown of a kind of bed: the metrics a policy is judged by, then those shown at 20 % only."""
+
+    metrics: tuple[Metric, ...]
+    beside: tuple[Metric, ...]
+    text: str
 
 
-DIALOGUE = {"after": _layout("after"), "before": _layout("before")}
-DOCUMENT = {"continuation": _mean("nll"), "recall": _mean("recall")}
-METRICS: dict[str, dict[str, Callable[[Cell], Floats]]] = {
-    "demo": DIALOGUE, "detail": DIALOGUE, "detail16": DIALOGUE, "text": DOCUMENT, "text-bf16": DOCUMENT,
-}  # fmt: skip
+DIALOGUES = Sort(
+    tuple(Metric(layout, "right", "answers", layout, factor=100) for layout in ("after", "before")),
+    (Metric("loyalty", "agree", "answers", factor=100), Metric("length", "length", digits=2)),
+    "exact match in %, names after \\| before their pictures; loyalty: answers in % that are the full cache's own; "
+    "length: tokens an answer",
+)
+DOCUMENTS = Sort(
+    (
+        Metric("continuation", "nll", over_full=True, less=True, digits=3),
+        Metric("recall", "recall", less=True, digits=2),
+    ),
+    (Metric("loyalty", "agree", factor=100),),
+    "nats a token, added to the full cache's on a continuation \\| in all on a passage repeated; loyalty: tokens in % "
+    "at which the likeliest is the full cache's",
+)
+BEDS = {"demo": DIALOGUES, "detail": DIALOGUES, "detail16": DIALOGUES, "text": DOCUMENTS, "text-bf16": DOCUMENTS}
 
 
 def cells(bed: str, split: str = "final") -> list[Cell]:
@@ -49,131 +83,158 @@ def cells(bed: str, split: str = "final") -> list[Cell]:
     return json.loads(file.read_text())["cells"] if file.exists() else []
 
 
-def interval(values: Floats) -> tuple[float, float, float]:
+def measured() -> list[str]:
+    """The beds with results."""
+    return [bed for bed in BEDS if cells(bed)]
+
+
+def values(cell: Cell, metric: Metric) -> dict[int, float]:
+    """The metric of every unit, by its id."""
+    units = [unit for unit in cell["units"] if metric.layout in (None, unit.get("layout"))]
+    return {
+        unit["unit"]: metric.factor * unit[metric.field] / (unit[metric.share] if metric.share else 1) for unit in units
+    }
+
+
+def interval(found: npt.ArrayLike) -> Interval:
     """Mean, and the 2.5th and 97.5th percentile of the means of units drawn with replacement."""
-    drawn = np.random.default_rng(SEED).integers(0, len(values), (DRAWS, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+    array = np.asarray(found, dtype=np.float64)
+    drawn = np.random.default_rng(SEED).integers(0, len(array), (DRAWS, len(array)))
+    low, high = np.percentile(array[drawn].mean(1), [2.5, 97.5])
+    return float(array.mean()), float(low), float(high)
 
 
-def difference(ours: Cell, theirs: Cell, metric: Callable[[Cell], Floats]) -> tuple[float, float, float]:
-    """Mean and interval of ours - theirs, unit by unit: what is hard in a unit is so for both."""
-    return interval(metric(ours) - metric(theirs))
+def difference(ours: Cell, theirs: Cell, metric: Metric) -> Interval:
+    """Mean and interval of ours - theirs, unit by unit: what is hard in a unit is so for both.
+
+    ValueError where the two were measured on different units.
+    """
+    own, other = values(ours, metric), values(theirs, metric)
+    if own.keys() != other.keys():
+        raise ValueError(f"both cells must have the same units, got {sorted(own)} and {sorted(other)}")
+    return interval([own[unit] - other[unit] for unit in own])
 
 
-def better(bed: str) -> int:
-    """1 where more is better, -1 where less is."""
-    return -1 if bed.startswith("text") else 1
+def full_of(found: Sequence[Cell]) -> Cell:
+    """The full cache's cell, which measure.py makes first."""
+    return next(cell for cell in found if cell["policy"] == "full")
 
 
-def table(bed: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a policy a row; a budget a column with all metrics, then loyalty and length at 20 %."""
-    found, metrics = cells(bed), METRICS[bed]
-    budgets = sorted({cell["budget"] for cell in found if cell["policy"] != "full"}, reverse=True)
-    digits = 2 if bed.startswith("text") else 0
-    header = ["policy", *(f"{100 * budget:g} %" for budget in budgets), "loyalty at 20 %"]
-    header += [] if bed.startswith("text") else ["length at 20 %"]
+def of(cell: Cell, metric: Metric, full: Cell) -> Interval:
+    """A metric of a cell as it is shown."""
+    return difference(cell, full, metric) if metric.over_full else interval(list(values(cell, metric).values()))
+
+
+def budgets_of(found: Sequence[Cell]) -> list[float]:
+    """Those of the policies that evict, the largest first."""
+    return sorted({cell["budget"] for cell in found if cell["policy"] != "full"}, reverse=True)
+
+
+def published(found: Sequence[Cell], budget: float) -> list[Cell]:
+    """The published policies' cells at a budget, those that exceed it to protect text apart."""
+    rivals = [cell for cell in found if cell["policy"] in PUBLISHED and cell["budget"] == budget]
+    return [cell for cell in rivals if not cell["protect_text"]]
+
+
+def best_published(found: Sequence[Cell], budget: float, metric: Metric) -> list[Cell]:
+    """Those of them with the best mean: one, or equals; none where none was measured."""
+    rivals = published(found, budget)
+    means = [float(np.mean(list(values(cell, metric).values()))) for cell in rivals]
+    best = (min if metric.less else max)(means, default=0.0)
+    return [cell for cell, mean in zip(rivals, means, strict=True) if mean == best]
+
+
+def bed_table(bed: str) -> str:
+    """A policy a row, a budget a column; the best published policy of every metric and budget in bold."""
+    found, sort = cells(bed), BEDS[bed]
+    budgets, full = budgets_of(found), full_of(found)
+    best = {(budget, metric): best_published(found, budget, metric) for budget in budgets for metric in sort.metrics}
 
     def shown(cell: Cell) -> str:
-        parts = (interval(metric(cell)) for metric in metrics.values())
-        return " \\| ".join(f"{mean:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})" for mean, low, high in parts)
+        parts = []
+        for metric in sort.metrics:
+            words = metric.shown(of(cell, metric, full))
+            parts.append(f"**{words}**" if cell in best.get((cell["budget"], metric), []) else words)
+        return " \\| ".join(parts)
 
     rows = []
-    for name, protect in dict.fromkeys((cell["policy"], cell["protect_text"]) for cell in found):
-        own = {cell["budget"]: cell for cell in found if (cell["policy"], cell["protect_text"]) == (name, protect)}
-        label = f"`{SHOWN.get(name, name)}`" + (", text protected" if protect else "")
-        at = own.get(1.0) if name == "full" else own.get(0.2)
-        row = [
-            label,
-            *(shown(own[1.0 if name == "full" else b]) if (b in own or name == "full") else "" for b in budgets),
-        ]
-        if at is None:
-            row += ["", ""][: len(header) - len(row)]
-        else:
-            agree = _mean("agree", 100.0, None if bed.startswith("text") else "answers")(at)
-            row.append(f"{agree.mean():.0f}")
-            row += [] if bed.startswith("text") else [f"{_mean('length')(at).mean():.2f}"]
+    for name, protected in dict.fromkeys((cell["policy"], cell["protect_text"]) for cell in found):
+        own = {cell["budget"]: cell for cell in found if (cell["policy"], cell["protect_text"]) == (name, protected)}
+        if name == "full":
+            own = dict.fromkeys([*budgets, 0.2], full)
+        row = [f"`{SHOWN.get(name, name)}`" + (", text protected" if protected else "")]
+        row += [shown(own[budget]) if budget in own else "" for budget in budgets]
+        row += [f"{of(own[0.2], metric, full)[0]:.{metric.digits}f}" if 0.2 in own else "" for metric in sort.beside]
         rows.append(row)
-    return header, rows
+    header = ["policy", *(f"{100 * budget:g} %" for budget in budgets)]
+    header += [f"{metric.name} at 20 %" for metric in sort.beside]
+    return markdown(header, rows)
 
 
-def against_published(policy: str = "auto") -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a policy against the best of the published ones, at every bed, metric and budget.
+def beds() -> str:
+    """For every bed with results its table and its curves."""
+    parts = []
+    for bed in measured():
+        units = len(full_of(cells(bed))["units"])
+        text = f"**{bed}**, {units} units of the split `final`, in brackets 95 % intervals: {BEDS[bed].text}."
+        parts += [text, bed_table(bed), f"![{bed}: metrics against budget]({plot_of(bed).name})"]
+    return "\n\n".join(parts) or "Not measured yet: `make quality`."
 
-    The difference is that of means with its paired interval; best is chosen on these very units, which favours it.
+
+def against_published() -> str:
+    """The policy `auto` against the best published one at every bed, metric and budget; empty where it has no results.
+
+    Intervals are paired ones. The best is chosen on these very units, which favours it.
     """
     rows = []
-    for bed, metrics in METRICS.items():
-        found = [cell for cell in cells(bed) if not cell["protect_text"]]
-        for name, metric in metrics.items():
-            for own in (cell for cell in found if cell["policy"] == policy):
-                rivals = [cell for cell in found if cell["policy"] in TWELVE and cell["budget"] == own["budget"]]
-                if not rivals:
+    for bed in measured():
+        found = cells(bed)
+        for metric in BEDS[bed].metrics:
+            own = {cell["budget"]: cell for cell in found if cell["policy"] == OURS and not cell["protect_text"]}
+            for budget in budgets_of(found):
+                best = best_published(found, budget, metric)
+                if budget not in own or not best:
                     continue
-                best = max(rivals, key=lambda cell: better(bed) * metric(cell).mean())
-                mean, low, high = difference(own, best, metric)
-                worse = high < 0 if better(bed) > 0 else low > 0
-                ahead = low > 0 if better(bed) > 0 else high < 0
-                verdict = "worse" if worse else "better" if ahead else "within noise"
-                digits = 3 if bed.startswith("text") else 1
-                rows.append(
-                    [
-                        bed, name, f"{100 * own['budget']:g} %", f"{metric(own).mean():.{digits}f}",
-                        f"{metric(best).mean():.{digits}f} (`{SHOWN.get(best['policy'], best['policy'])}`)",
-                        f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})", verdict,
-                    ]
-                )  # fmt: skip
-    return ["bed", "metric", "budget", policy, "best published", "difference", ""], rows
+                mean, low, high = difference(own[budget], best[0], metric)
+                better, worse = (high < 0, low > 0) if metric.less else (low > 0, high < 0)
+                verdict = "better" if better else "**worse**" if worse else "within noise"
+                digits = max(1, metric.digits)
+                by = f"{mean:+.{digits}f} ({low:+.{digits}f}, {high:+.{digits}f})"
+                ours, theirs = (of(cell, metric, full_of(found))[0] for cell in (own[budget], best[0]))
+                name = SHOWN.get(best[0]["policy"], best[0]["policy"])
+                rival = f"{theirs:.{digits}f} (`{name}`, of {len(published(found, budget))})"
+                rows.append([bed, metric.name, f"{100 * budget:g} %", f"{ours:.{digits}f}", rival, by, verdict])
+    if not rows:
+        return ""
+    better, worse = (sum(row[-1] == verdict for row in rows) for verdict in ("better", "**worse**"))
+    text = (
+        f"`{OURS}` against the best of the published policies that evict (of as many of the {len(PUBLISHED)} as were "
+        "measured there), with the 95 % interval of the difference unit by unit. The best is chosen on these very "
+        f"units, which favours it. Of {len(rows)} comparisons {better} are better, {worse} worse, the others within "
+        "noise."
+    )
+    header = ["bed", "metric", "budget", OURS, "best published", "difference", ""]
+    return text + "\n\n" + markdown(header, rows)
+
+
+def plot_of(bed: str) -> Path:
+    """The file of a bed's curves."""
+    return Path(__file__).parent / f"curves-{bed}.svg"
 
 
 def curves(bed: str) -> str:
-    """Every metric of a bed against the budget, as SVG, with intervals."""
-    found, metrics = [cell for cell in cells(bed) if not cell["protect_text"]], METRICS[bed]
-    budgets = sorted({cell["budget"] for cell in found if cell["policy"] != "full"})
-    parts = []
-    for panel, (name, metric) in enumerate(metrics.items()):
-        series: dict[str, list[tuple[float, float, float]]] = {}
-        for policy in CURVES:
-            own = {cell["budget"]: interval(metric(cell)) for cell in found if cell["policy"] == policy}
-            if policy == "full" and 1.0 in own:
+    """Every metric of a bed against the budget, as SVG, for a handful of policies."""
+    found = [cell for cell in cells(bed) if not cell["protect_text"]]
+    budgets, full = budgets_of(found)[::-1], full_of(found)
+    panels = []
+    for metric in BEDS[bed].metrics:
+        drawn = []
+        for policy, colour in COLOURS.items():
+            own = {cell["budget"]: of(cell, metric, full) for cell in found if cell["policy"] == policy}
+            if policy == "full":
                 own = dict.fromkeys(budgets, own[1.0])
-            if set(budgets) <= set(own):
-                series[policy] = [own[budget] for budget in budgets]
-        every = [number for points in series.values() for point in points for number in point]
-        low, high = min(every), max(every)
-        left = 60 + 420 * panel
-
-        def place(
-            column: int, value: float, left: int = left, low: float = low, high: float = high
-        ) -> tuple[float, float]:
-            return left + 40 + column * 290 / max(1, len(budgets) - 1), 340 - 290 * (value - low) / ((high - low) or 1)
-
-        parts.append(f'<rect x="{left}" y="30" width="370" height="320" fill="none" stroke="#999"/>')
-        parts.append(f'<text x="{left + 185}" y="20" text-anchor="middle">{bed}: {name}</text>')
-        for column, budget in enumerate(budgets):
-            x, _ = place(column, low)
-            parts.append(f'<text x="{x:.1f}" y="366" text-anchor="middle">{100 * budget:g} %</text>')
-        for value in (low, high):
-            _, y = place(0, value)
-            parts.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-        for number, (policy, points) in enumerate(series.items()):
-            colour = CURVES[policy]
-            line = " ".join("{:.1f},{:.1f}".format(*place(c, mean)) for c, (mean, _, _) in enumerate(points))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            for column, (_, bottom, top) in enumerate(points):
-                (x, y1), (_, y2) = place(column, bottom), place(column, top)
-                parts.append(f'<line x1="{x:.1f}" y1="{y1:.1f}" x2="{x:.1f}" y2="{y2:.1f}" stroke="{colour}"/>')
-            parts.append(
-                f'<text x="{left + 10 + 90 * (number % 4)}" y="{386 + 16 * (number // 4)}" fill="{colour}">'
-                f"{SHOWN.get(policy, policy)}</text>"
-            )
-    width = 60 + 420 * len(metrics)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="420" font-family="sans-serif" font-size="12">'
-    )
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])
-
-
-def beds_measured() -> Sequence[str]:
-    """Those with a result file."""
-    return [bed for bed in METRICS if cells(bed)]
+            points = {budget: own[budget] for budget in budgets if budget in own}
+            if points:
+                drawn.append(Curve(SHOWN.get(policy, policy), colour, points))
+        panels.append(Panel(f"{bed}: {metric.name}", drawn))
+    return draw(panels, budgets)
