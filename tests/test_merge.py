@@ -120,14 +120,8 @@ def counted(merge: Merge, votes: Tensor) -> Tensor:
 
 def whole_votes(seed: int, key: Tensor, most: int) -> Tensor:
     """[B, H, N] float32 on the device of key: whole numbers from 0 to `most`."""
-<<<<<<< HEAD
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, most + 1, key.shape[:3], generator=generator).float().to(key.device)
-=======
-    return (
-        torch.randint(0, most + 1, key.shape[:3], generator=torch.Generator().manual_seed(seed)).float().to(key.device)
-    )
->>>>>>> e1d424e6103ba1ead4ce08619f0d373a7b666704
 
 
 def check_votes(key: Tensor, value: Tensor, merge: Merge, votes: Tensor | None, tolerance: float = 0.0) -> None:
