@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from lookm import policies as _registered_before  # noqa: F401  (their order is that of the tables)
 from lookm.attention import Attention, Pairs
 from lookm.policy import Merging, Policy, register_policy
-from lookm.prompt import Prompt
+from lookm.prompt import Prompt, on_device
 
 
 def needed(scores: Tensor, cover: float) -> list[int]:
@@ -48,7 +48,7 @@ class MadaKV(Policy):
         """The best text tokens and the best image tokens, as many of each as the head's attention has share there."""
         image = pairs.prompt.image[:, None].expand_as(pairs.scores)
         share = (pairs.scores * image).sum(-1, keepdim=True) / pairs.scores.sum(-1, keepdim=True).clamp(min=1e-9)
-        keep = torch.tensor(list(pairs.prompt.keep), device=share.device)[:, None, None]
+        keep = on_device(pairs.prompt.keep, share.device)[..., None]
         order = pairs.scores.argsort(dim=-1, descending=True, stable=True)
         own = image.gather(-1, order)
         rank = torch.where(own, own.cumsum(-1), (~own).cumsum(-1))
