@@ -146,6 +146,28 @@ def nearest(key: Tensor, kept: Sequence[int], evicted: Sequence[int]) -> tuple[l
     return slots, similarity
 
 
+def pivot_of(
+    rows: Sequence[Tensor], options: Sequence[Tensor], allowed: Sequence[bool], least: float = -math.inf
+) -> tuple[int, float]:
+    """The place of the best of some pairs for one, and its similarity; -1 and 0 where none may be.
+
+    rows: the key, and the value if it counts too, of the token; options: those [K, D] of what it may merge into.
+    """
+    best = -1, 0.0
+    for place in range(len(allowed)):
+        if not allowed[place]:
+            continue
+        cosines = []
+        for row, others in zip(rows, options, strict=True):
+            row, other = row.double(), others[place].double()
+            lengths = float(row.norm() * other.norm())
+            cosines.append(float(row @ other) / lengths if lengths > 0 else 0.0)
+        similarity = sum(cosines) / len(cosines)
+        if similarity >= least and (best[0] < 0 or similarity > best[1]):
+            best = place, similarity
+    return best
+
+
 def gate(similarity: Tensor) -> list[bool]:
     """Which positions of the evicted lists merge, given the similarities [H, E] of all heads of a row."""
     mean = float(similarity.mean()) if similarity.numel() else 0.0

@@ -23,6 +23,8 @@ from compiled import empty  # noqa: E402
 from lookm_kernels import _dispatch, compress, rules, scores  # noqa: E402
 
 TOKENS, HEADS = 32768, 8
+# arguments of compress_ behind the gate, as its public function passes them on when they are left out
+PLAIN = ("key", None, None, 0, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +76,23 @@ def test_compression_never_waits_for_the_device(rule: str, gate: str | None, kee
     tier = empty(2, TOKENS, dtype=torch.int32)
     outs = [empty(2, HEADS, 6553, 128, dtype=torch.bfloat16) for _ in range(2)]
     for into in ([], outs):
-        kept = compress._run(key, value, empty(2, HEADS, TOKENS), tier, keep, rule, gate, *into)
+        kept = compress._run(key, value, empty(2, HEADS, TOKENS), tier, keep, rule, gate, *PLAIN, *into)
         assert kept.shape == (2, HEADS, 6553)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_every_option_of_compression_never_waits_for_the_device(launches: list[str], rounds: int) -> None:
+    key, value = (empty(2, HEADS, TOKENS, 128, dtype=torch.bfloat16) for _ in range(2))
+    tier, keep = empty(2, TOKENS, dtype=torch.int32), [6553, 4000]
+    outs = [empty(2, HEADS, 6553, 128, dtype=torch.bfloat16) for _ in range(2)]
+    group, least, votes = empty(2, TOKENS, dtype=torch.int32), empty(2, HEADS), empty(2, HEADS, TOKENS)
+    counted = empty(2, HEADS, 6553)
+    options = ("key_value", group, least, rounds, votes, counted)
+    for into in ([], outs):
+        launches.clear()
+        kept = compress._run(key, value, empty(2, HEADS, TOKENS), tier, keep, "average", None, *options, *into)
+        assert kept.shape == (2, HEADS, 6553)
+        assert launches.count("_merge_kernel") == rounds + 1
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
@@ -83,7 +100,7 @@ def test_what_is_written_elsewhere_is_written_once(launches: list[str], rule: st
     """Merged rows are not compacted after that."""
     key, value = (empty(1, HEADS, TOKENS, 128, dtype=torch.bfloat16) for _ in range(2))
     outs = [empty(1, HEADS, 6553, 128, dtype=torch.bfloat16) for _ in range(2)]
-    given = empty(1, HEADS, TOKENS), empty(1, TOKENS, dtype=torch.int32), [6553], rule, None
+    given = empty(1, HEADS, TOKENS), empty(1, TOKENS, dtype=torch.int32), [6553], rule, None, *PLAIN
     compress._run(key, value, *given, *outs)
     assert launches.count("_compact_kernel") == (2 if rule == "none" else 0)
     assert launches.count("_merge_kernel") == (0 if rule == "none" else 1)
@@ -114,5 +131,5 @@ def test_extra_memory_is_at_most_a_tenth_of_the_cache(rule: str) -> None:
     outs = [empty(1, HEADS, TOKENS // 5, 128, dtype=torch.bfloat16) for _ in range(2)]
     for into in ([], outs):
         with Allocations(key, value, attention, tier, *into) as allocations:
-            compress._run(key, value, attention, tier, [TOKENS // 5], rule, None, *into)
+            compress._run(key, value, attention, tier, [TOKENS // 5], rule, None, *PLAIN, *into)
         assert 0 < allocations.peak <= (key.nbytes + value.nbytes) / 10

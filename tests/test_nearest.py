@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import loops
 import pytest
 import torch
@@ -152,3 +154,132 @@ def test_lengths_of_keys_do_not_matter(device: torch.device) -> None:
     unscaled, scaled = nearest_kept(key, *ranges(key, 60)), nearest_kept(key * lengths, *ranges(key, 60))
     assert same_bits(unscaled[0], scaled[0])
     assert same_bits(unscaled[1], scaled[1])
+
+
+def check_options(tolerance: float, key: Tensor, kept: Tensor, evicted: Tensor, **options: Tensor) -> None:
+    """Every option against loops.pivot_of: the similarity to a tolerance, and a pivot that is as good as the best."""
+    call = {name: x.cpu() for name, x in {"key": key, "kept": kept, "evicted": evicted, **options}.items()}
+    pivot, similarity = (result.cpu() for result in nearest_kept(key, kept, evicted, **options))
+    for row, head in torch.cartesian_prod(*map(torch.arange, kept.shape[:2])).tolist():
+        listed = call["kept"][row, head].tolist()
+        whole, options_of = [call["key"][row, head]], []
+        if "value" in call:
+            whole.append(call["value"][row, head])
+        for x, name in zip(whole, ("kept_key", "kept_value"), strict=False):
+            options_of.append(call[name][row, head] if name in call else x[listed])
+        least = float(call["min_similarity"][row, head]) if "min_similarity" in call else -math.inf
+        group = call["group"][row].tolist() if "group" in call else [0] * key.shape[2]
+        for e, token in enumerate(call["evicted"][row, head].tolist()):
+            place, found = int(pivot[row, head, e]), float(similarity[row, head, e])
+            allowed = [c >= 0 and token >= 0 and group[c] == group[token] for c in listed]
+            rows = [x[token] for x in whole]
+            _, best = loops.pivot_of(rows, options_of, allowed)
+            if not any(allowed) or best < least - tolerance:
+                assert (place, found) == (-1, 0.0)
+            elif place < 0:
+                # rounding decides whether the best is good enough
+                assert best < least + tolerance
+                assert found == 0.0
+            else:
+                assert allowed[place]
+                assert abs(found - best) <= tolerance
+                assert best >= least - tolerance
+                own = loops.pivot_of(rows, [x[place : place + 1] for x in options_of], [True])[1]
+                assert best - own <= tolerance
+
+
+@given(data=st.data())
+def test_options_equal_loops(device: torch.device, data: st.DataObject) -> None:
+    """Values, groups, thresholds and merged rows in any combination; empty places hold no number that is read."""
+    batch, heads, tokens, width, value_width = (data.draw(st.integers(1, top)) for top in (2, 3, 24, 12, 12))
+    seed, layout = data.draw(st.integers(0, 2**31)), st.sampled_from(LAYOUTS)
+    dtype = data.draw(st.sampled_from(EXACT))
+    shape = batch, heads, tokens
+    key = laid_out(random(seed, *shape, width, dtype=dtype, device=device), data.draw(layout))
+    value = laid_out(random(seed + 1, *shape, value_width, dtype=dtype, device=device), data.draw(layout))
+    keep = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+    kept, evicted = lists(seed, key, keep)
+    options: dict[str, Tensor] = {}
+    if data.draw(st.booleans()):
+        groups = data.draw(st.integers(1, 4))
+        options["group"] = random(seed + 2, batch, tokens, device=device).mul(1e6).int() % groups - 1
+    if data.draw(st.booleans()):
+        options["min_similarity"] = random(seed + 3, batch, heads, dtype=dtype, device=device) / 4
+    if data.draw(st.booleans()):
+        options["value"] = value
+    for name, wide in (("kept_key", width), ("kept_value", value_width)):
+        if (name == "kept_key" or "value" in options) and kept.shape[2] and data.draw(st.booleans()):
+            merged = random(seed + 4, *kept.shape, wide, dtype=dtype, device=device)
+            options[name] = laid_out(merged.masked_fill(kept[..., None] < 0, float("nan")), data.draw(layout))
+    check_options(1e-5 if dtype == torch.float32 else 1e-13, key, kept, evicted, **options)
+
+
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float32])
+@pytest.mark.parametrize("options", [("group",), ("value",), ("group", "value", "kept_key", "kept_value")], ids=str)
+def test_options_of_odd_sizes(device: torch.device, options: tuple[str, ...], dtype: torch.dtype) -> None:
+    key, value = (random(seed, 2, 2, 130, width, dtype=dtype, device=device) for seed, width in ((0, 64), (1, 80)))
+    kept, evicted = lists(1, key, [33, 17])
+    every = {
+        "group": (torch.arange(130, device=device) // 7 % 5).int().repeat(2, 1),
+        "value": value,
+        "kept_key": random(2, *kept.shape, 64, dtype=dtype, device=device),
+        "kept_value": random(3, *kept.shape, 80, dtype=dtype, device=device),
+    }
+    check_options(1e-5, key, kept, evicted, **{name: every[name] for name in options})
+
+
+def test_a_number_is_the_least_similarity_of_every_head(device: torch.device) -> None:
+    key = random(0, 2, 3, 40, 4, device=device)
+    call = (key, *lists(0, key, [8, 5]))
+    plain, alone = nearest_kept(*call), nearest_kept(*call, min_similarity=0.7)
+    by_head = nearest_kept(*call, min_similarity=torch.full((2, 3), 0.7, device=device))
+    assert all(map(same_bits, alone, by_head))
+    below = plain[1] < 0.7
+    assert bool(below.any())
+    assert bool((~below & (plain[0] >= 0)).any())
+    assert same_bits(alone[0], plain[0].masked_fill(below, -1))
+    assert same_bits(alone[1], plain[1].masked_fill(below, 0.0))
+    assert all(map(same_bits, nearest_kept(*call, min_similarity=-2), plain))
+
+
+def test_one_group_is_none_and_an_empty_group_has_no_pivot(device: torch.device) -> None:
+    key = random(0, 2, 3, 40, 8, device=device)
+    kept, evicted = ranges(key, 10)
+    plain = nearest_kept(key, kept, evicted)
+    same = nearest_kept(key, kept, evicted, group=torch.full((2, 40), 7, dtype=torch.int32, device=device))
+    if not INTERPRETED:
+        assert same_bits(same[0], plain[0])
+    torch.testing.assert_close(same[1], plain[1])
+    # of the tokens after the kept ones, the even are of a group that has no kept token in row 1
+    group = torch.zeros(2, 40, dtype=torch.int32, device=device)
+    group[1, 10::2] = -3
+    pivot, similarity = nearest_kept(key, kept, evicted, group=group)
+    assert bool((pivot[1, :, ::2] == -1).all())
+    assert not similarity[1, :, ::2].any()
+    assert bool((pivot[1, :, 1::2] >= 0).all())
+    assert bool((pivot[0] >= 0).all())
+
+
+@pytest.mark.skipif(INTERPRETED, reason=PLACE_MATTERS)
+@pytest.mark.parametrize("keep", [5, 19, 54, 207])
+def test_equal_pairs_tie_to_the_lower_index_of_their_group(device: torch.device, keep: int) -> None:
+    """The first kept token of the evicted one's group, though one of another group lies before it."""
+    key, value = (random(i, 1, 2, 1, 64, device=device).expand(-1, -1, 255, -1).contiguous() for i in (0, 1))
+    key[..., 0], key[:, :, 0, 0] = 0.0, -0.0
+    group = (torch.arange(255, device=device) % 3).int()[None]
+    for options in ({}, {"value": value}):
+        pivot, similarity = nearest_kept(key, *ranges(key, keep), group=group, **options)
+        assert torch.equal(pivot, group[:, None, keep:].expand_as(pivot))
+        torch.testing.assert_close(similarity, torch.ones_like(similarity))
+
+
+def test_values_decide_between_keys_that_are_equal(device: torch.device) -> None:
+    key = random(0, 1, 1, 1, 8, device=device).expand(-1, -1, 6, -1).contiguous()
+    value = torch.eye(3, device=device).repeat(2, 1)[None, None]
+    pivot, similarity = nearest_kept(key, *ranges(key, 3), value=value)
+    assert pivot.tolist() == [[[0, 1, 2]]]
+    torch.testing.assert_close(similarity, torch.ones_like(similarity))
+    # the mean of both cosines: values that are orthogonal leave half
+    alone, halved = nearest_kept(key, *ranges(key, 1), value=value)
+    assert not alone.any()
+    torch.testing.assert_close(halved, torch.tensor([[[0.5, 0.5, 1.0, 0.5, 0.5]]], device=device))

@@ -64,8 +64,9 @@ def test_opcheck(device: torch.device, op: str) -> None:
 )
 def test_opcheck_of_two_dtypes(device: torch.device, op: str, other: str) -> None:
     given = arguments(op, device)
-    names = (other, f"out_{other}", f"kept_{other}")
-    given |= {name: given[name].to(LOW_PRECISION[-1]) for name in names if name in given}
+    given |= {
+        name: given[name].to(LOW_PRECISION[-1]) for name in (other, f"out_{other}", f"kept_{other}") if name in given
+    }
     torch.library.opcheck(overload(op), tuple(given.values()))
 
 

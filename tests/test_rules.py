@@ -60,6 +60,58 @@ def test_equals_loops(device: torch.device, data: st.DataObject) -> None:
     torch.testing.assert_close(x[0, :, :keep].cpu().double(), torch.stack(goal), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("rule", ["average", "pivotal", "weighted"])
+@given(data=st.data())
+def test_a_pair_with_votes_merges_as_all_it_stands_for(device: torch.device, rule: str, data: st.DataObject) -> None:
+    """v equal tokens: what votes give is what the rule gives for every token on its own, by loops.
+
+    A pivot of v tokens is one of them and v - 1 that merge into it with a similarity of 1.
+    """
+    keep, leave, width = (data.draw(st.integers(1, top)) for top in (4, 8, 5))
+    counts = data.draw(st.lists(st.integers(1, 4), min_size=keep + leave, max_size=keep + leave))
+    seed, exact = data.draw(st.integers(0, 2**31)), EXACT[-1]
+    x = random(seed, 1, 1, keep + leave, width, dtype=exact, device=device)
+    kept = all_kept_first(1, keep, device)
+    evicted = torch.arange(keep, keep + leave, dtype=torch.int32, device=device)[None, None]
+    similarity = random(seed + 1, 1, 1, leave, dtype=exact, device=device).clamp(-1, 1)
+    pivot = random(seed + 2, 1, 1, leave, device=device).mul(1e6).int() % keep
+    # every token on its own: first the kept ones, then their twins, then the tokens that the evicted pairs stand for
+    twins = [(c, c, 1.0) for c in range(keep) for _ in range(counts[c] - 1)]
+    into, alike = pivot[0, 0].tolist(), similarity[0, 0].tolist()
+    twins += [(keep + e, into[e], alike[e]) for e in range(leave) for _ in range(counts[keep + e])]
+    every = torch.cat([x[0, 0, :keep], x[0, 0, [token for token, _, _ in twins]]]).cpu()
+    merging, slots, cosines = range(keep, len(every)), [c for _, c, _ in twins], [cosine for *_, cosine in twins]
+    goal = loops.merge(every, range(keep), merging, slots, cosines, rule)
+    votes = torch.tensor(counts, dtype=torch.float32, device=device)[None, None]
+    weights = merge_weights(rule, similarity, pivot, kept, evicted=evicted, votes=votes)
+    total = torch.empty(1, 1, keep, device=device)
+    merge_(x, x.clone(), kept, evicted, pivot, *weights, votes=votes, out_votes=total)
+    assert total[0, 0].tolist() == [1.0 + slots.count(c) for c in range(keep)]
+    torch.testing.assert_close(x[0, 0, :keep].cpu().double(), goal, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [None, *rules.GATES])
+@pytest.mark.parametrize("rule", sorted(rules.RULES))
+def test_one_vote_each_is_no_votes(device: torch.device, rule: str, gate: str | None) -> None:
+    similarity, pivot = random(0, 2, 3, 9, device=device), random(1, 2, 3, 9, device=device).mul(9).int().clamp(-1, 3)
+    kept = torch.arange(4, dtype=torch.int32, device=device).repeat(2, 3, 1)
+    evicted = torch.arange(4, 13, dtype=torch.int32, device=device).repeat(2, 3, 1)
+    call = rule, similarity, pivot, kept, gate
+    ones = merge_weights(*call, evicted=evicted, votes=torch.ones(2, 3, 13, device=device))
+    assert all(map(same_bits, ones, merge_weights(*call)))
+
+
+def test_a_gated_token_has_no_votes_in_the_count(device: torch.device) -> None:
+    """(2 x_c + 3 x_1) / 5: the second evicted token, of 100 votes, is below the mean."""
+    similarity = torch.tensor([[[0.9, 0.1]]], device=device)
+    pivot = torch.zeros(1, 1, 2, dtype=torch.int32, device=device)
+    kept, evicted = pivot[..., :1], torch.tensor([[[1, 2]]], dtype=torch.int32, device=device)
+    votes = torch.tensor([[[2.0, 3.0, 100.0]]], device=device)
+    weight, own = merge_weights("average", similarity, pivot, kept, "mean_similarity", evicted=evicted, votes=votes)
+    torch.testing.assert_close(weight, torch.tensor([[[3 / 5, 0.0]]], device=device))
+    torch.testing.assert_close(own, torch.tensor([[[2 / 5]]], device=device))
+
+
 @pytest.mark.parametrize("rule", ["average", "pivotal"])
 def test_weights_of_a_pivot_sum_to_one(device: torch.device, rule: str) -> None:
     pivot = torch.tensor([[[0, 2, 2, 2, -1]]], dtype=torch.int32, device=device)
@@ -148,6 +200,12 @@ def test_a_rule_of_the_wrong_shape(which: str) -> None:
         ({"pivot": torch.full((1, 1, 3), 9, dtype=torch.int32)}, ValueError, "pivot"),
         ({"pivot": torch.zeros(1, 1, 2, dtype=torch.int32)}, ValueError, "pivot"),
         ({"kept": torch.zeros(1, 2, 3, dtype=torch.int32)}, ValueError, "kept"),
+        ({"votes": torch.ones(1, 1, 6)}, ValueError, "evicted"),
+        ({"votes": torch.ones(1, 1, 6), "evicted": torch.zeros(1, 1, 3)}, TypeError, "evicted"),
+        ({"votes": torch.ones(1, 1, 6), "evicted": torch.zeros(1, 1, 2).int()}, ValueError, "evicted"),
+        ({"votes": torch.ones(1, 2, 6), "evicted": torch.zeros(1, 1, 3).int()}, ValueError, "votes"),
+        ({"votes": torch.ones(1, 1, 6).int(), "evicted": torch.zeros(1, 1, 3).int()}, TypeError, "votes"),
+        ({"votes": [1.0] * 6, "evicted": torch.zeros(1, 1, 3).int()}, TypeError, "votes"),
     ],
 )
 def test_wrong_arguments(bad: dict[str, Any], error: type[Exception], argument: str) -> None:

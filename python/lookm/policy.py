@@ -182,7 +182,8 @@ class Policy:
 
         left: what the budget still has in each row for this layer and those behind it, `layers` in all. What is given
         is moved to where every layer gets one token at least and none more than its prompt, so that the sum over the
-        layers is the budget asked for. By default an even share.
+        layers is the budget asked for. The numbers are the host's: where they follow from scores, every layer waits
+        for its device. By default an even share.
         """
         return [tokens // layers for tokens in left]
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from lookm import policies as _registered_before  # noqa: F401  (their order is that of the tables)
 from lookm.attention import Attention, Pairs
 from lookm.policy import Merging, Policy, register_policy
-from lookm.prompt import Prompt
+from lookm.prompt import Prompt, on_device
 
 
 def needed(scores: Tensor, cover: float) -> list[int]:
@@ -48,7 +48,7 @@ class MadaKV(Policy):
         """The best text tokens and the best image tokens, as many of each as the head's attention has share there."""
         image = pairs.prompt.image[:, None].expand_as(pairs.scores)
         share = (pairs.scores * image).sum(-1, keepdim=True) / pairs.scores.sum(-1, keepdim=True).clamp(min=1e-9)
-        keep = torch.tensor(list(pairs.prompt.keep), device=share.device)[:, None, None]
+        keep = on_device(pairs.prompt.keep, share.device)[..., None]
         order = pairs.scores.argsort(dim=-1, descending=True, stable=True)
         own = image.gather(-1, order)
         rank = torch.where(own, own.cumsum(-1), (~own).cumsum(-1))
@@ -85,9 +85,9 @@ def _norm(pairs: Pairs) -> Tensor:
 @register_policy("vlcache", recent_share=0.1)
 @dataclass(frozen=True)
 class VLCache(Policy):
-    """The attention of the text after the last image; layers by how dense it is (VL-Cache, arXiv 2410.23317).
+    """The attention of the text at the end; layers by how dense it is (VL-Cache, arXiv 2410.23317).
 
-    window: queries of that text that look, at most; threshold: entries of a row below this share of its maximum are
+    window: last tokens whose text looks; threshold: entries of a row below this share of its maximum are
     nothing.
     """
 
@@ -95,10 +95,10 @@ class VLCache(Policy):
     threshold: float = 0.01
 
     def query_weight(self, prompt: Prompt) -> Tensor:
-        """Text behind the last image, its last `window` tokens; the last tokens where there is none."""
-        behind = prompt.image.flip(1).cumsum(1).flip(1) == 0
-        last = prompt.last([self.window] * len(prompt.image))
-        return torch.where((behind & last).any(1, keepdim=True), behind & last, last).float()
+        """The text among the last `window` tokens, and the very last token: so is a prompt that comes in chunks."""
+        rows = len(prompt.image)
+        last = prompt.last([self.window] * rows)
+        return ((last & ~prompt.image) | prompt.last([1] * rows)).float()
 
     def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
         """As many tokens as get more than the threshold of the most attended one, an even share of the rest at most."""
