@@ -102,14 +102,16 @@ def merge_weights(
     count = torch.zeros(kept.shape, dtype=similarity.dtype, device=kept.device)
     if kept.shape[-1] == 0:
         return torch.zeros_like(similarity), count
-    share = _votes_per_pivot(votes, evicted, kept, place, similarity) if votes is not None else None
-    count.scatter_add_(-1, place, merging.to(count.dtype) if share is None else share.masked_fill(~merging, 0.0))
+    own, votes_kept = (None, None) if votes is None else _votes_of(votes, evicted, kept, similarity)
+    count.scatter_add_(-1, place, merging.to(count.dtype) if own is None else own.masked_fill(~merging, 0.0))
+    # divided behind the sum: whole votes add up to the same in any order, and a GPU's order is not fixed
+    count = count if votes_kept is None else (count / votes_kept).masked_fill(count == 0, 0.0)
     with without_autocast(similarity.device):
         evicted_weight, kept_weight = RULES[rule](similarity, count.gather(-1, place), count)
     for which, weight, shape in (("first", evicted_weight, similarity.shape), ("second", kept_weight, kept.shape)):
         require(weight.shape == shape, "rule", f"a function whose {which} result is {list(shape)}", weight)
-    if share is not None:
-        evicted_weight = evicted_weight * share
+    if own is not None and votes_kept is not None:
+        evicted_weight = evicted_weight * (own / votes_kept.gather(-1, place))
     return evicted_weight.masked_fill(~merging, 0.0), kept_weight
 
 
@@ -119,16 +121,16 @@ def check_votes(votes: Tensor, shape: torch.Size) -> None:
     check_shape("votes", votes, shape, "B H N")
 
 
-def _votes_per_pivot(votes: Tensor, evicted: Tensor | None, kept: Tensor, place: Tensor, similarity: Tensor) -> Tensor:
-    """[B, H, E]: votes of each evicted token in votes of its pivot, place [B, H, E] in the list kept."""
+def _votes_of(votes: Tensor, evicted: Tensor | None, kept: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Votes [B, H, E] of the evicted tokens and [B, H, K] of the kept ones, in similarity's dtype."""
     require(evicted is not None, "evicted", "the lists [B, H, E] where `votes` are given", evicted)
     check_call(votes=votes, evicted=evicted)
     check_tensor("evicted", evicted, "B H E", (torch.int32,))  # type: ignore[arg-type]
     check_shape("evicted", evicted, similarity.shape, "B H E")  # type: ignore[arg-type]
     check_votes(votes, torch.Size((*kept.shape[:2], votes.shape[-1])))
-    own = votes.gather(-1, evicted.clamp(min=0).long())  # type: ignore[union-attr]
-    pivots = votes.gather(-1, kept.clamp(min=0).long()).gather(-1, place)
-    return (own / pivots).to(similarity.dtype)
+    votes = votes.to(similarity.dtype)
+    own, of_kept = (votes.gather(-1, lists.clamp(min=0).long()) for lists in (evicted, kept))  # type: ignore[union-attr]
+    return own, of_kept
 
 
 def _at_least_mean(similarity: Tensor, listed: Tensor) -> Tensor:

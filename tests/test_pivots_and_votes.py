@@ -78,12 +78,15 @@ def test_pivots(which: str, device: torch.device):
     assert (pivot == -1).any()
 
 
-def test_merged_keys_beside_values_as_they_are(device: torch.device):
+@pytest.mark.parametrize("merged", ["key", "value"])
+def test_merged_rows_of_one_beside_the_other_as_it_is(merged: str, device: torch.device):
     key, value, scores, tier = layer(3, device)
     kept, evicted = select_tokens(scores, tier, KEEP)
-    merged = random(9, B, H, max(KEEP), D, device=device)
-    ours = nearest_kept(key, kept, evicted, value=value, kept_key=merged)[0]
-    assert torch.equal(ours.cpu(), nearest_by_loops(key, kept, evicted, value, kept_key=merged)[0].cpu())
+    rows = {f"kept_{merged}": random(9, B, H, max(KEEP), {"key": D, "value": DV}[merged], device=device)}
+    ours = nearest_kept(key, kept, evicted, value=value, **rows)
+    goal = nearest_by_loops(key, kept, evicted, value, **rows)
+    assert torch.equal(ours[0].cpu(), goal[0].cpu())
+    torch.testing.assert_close(ours[1].cpu().double(), goal[1].cpu(), atol=1e-5, rtol=0)
 
 
 def votes_by_loops(kept: Tensor, evicted: Tensor, pivot: Tensor, weight: Tensor, votes: Tensor) -> Tensor:

@@ -142,6 +142,27 @@ def test_gate_does_not_count_empty_places(device: torch.device) -> None:
     assert weight.tolist() == [[[0.0, 0.0, 0.0, 0.5]]]
 
 
+def test_weights_with_votes_do_not_depend_on_the_order_of_the_list(device: torch.device) -> None:
+    """Sums of whole votes are exact, so that a GPU, whose order is not fixed, gives the same bits every run."""
+    leave, own = 3000, 3.0
+    votes = torch.randint(1, 50, (1, 1, leave + 1), generator=torch.Generator().manual_seed(0)).float()
+    votes[..., 0] = own
+    goal = own / votes.double().sum()
+    kept = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+    pivot = torch.zeros(1, 1, leave, dtype=torch.int32, device=device)
+    found = set()
+    for seed in range(8):
+        order = 1 + torch.randperm(leave, generator=torch.Generator().manual_seed(seed)).int()
+        given = {"evicted": order[None, None].to(device), "votes": votes.to(device)}
+        similarity = torch.ones(1, 1, leave, dtype=EXACT[-1], device=device)
+        weights = merge_weights("average", similarity, pivot, kept, **given)
+        found.add(float(weights[1]))
+        expected = votes[0, 0, order.long()].double() * goal / own
+        torch.testing.assert_close(weights[0][0, 0].cpu().double(), expected, rtol=1e-6, atol=0)
+    assert len(found) == 1
+    assert abs(found.pop() / float(goal) - 1) < (1e-12 if EXACT[-1] == torch.float64 else 1e-6)
+
+
 def test_nothing_kept(device: torch.device) -> None:
     similarity, pivot = torch.zeros(1, 2, 3, device=device), torch.full((1, 2, 3), -1, dtype=torch.int32, device=device)
     weight, kept_weight = merge_weights("pivotal", similarity, pivot, pivot[..., :0])

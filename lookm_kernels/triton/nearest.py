@@ -198,6 +198,11 @@ def _inverse_norms(rows: Tensor) -> Tensor:
     return inverse
 
 
+def _kept_rows(rows: Tensor, kept: Tensor) -> Tensor:
+    """[B, H, K, D]: rows [B, H, N, D] of the tokens in kept [B, H, K]; any for an empty place."""
+    return rows.gather(2, kept.clamp(min=0).long()[..., None].expand(-1, -1, -1, rows.shape[3]))
+
+
 def _nearest_of_all(key: Tensor, kept: Tensor, evicted: Tensor, pivot: Tensor, similarity: Tensor) -> None:
     batch, heads, tokens, width = key.shape
     inverse, strides, block_d = _inverse_norms(key), key.stride()[:3], padded_width(width, key.dtype)
@@ -224,11 +229,13 @@ def _nearest_of_group(
     similarity: Tensor,
 ) -> None:
     batch, heads, tokens, width = key.shape
-    own_rows = kept_key is not None
+    own_rows = kept_key is not None or kept_value is not None
     lefts = (key, key if value is None else value)
     # of the two either both are merged rows, or none is: places and tokens are not mixed
+    if own_rows and kept_key is None:
+        kept_key = _kept_rows(key, kept)
     if own_rows and value is not None and kept_value is None:
-        kept_value = value.gather(2, kept.clamp(min=0).long()[..., None].expand(-1, -1, -1, value.shape[3]))
+        kept_value = _kept_rows(value, kept)
     rights = (key if kept_key is None else kept_key, lefts[1] if kept_value is None else kept_value)
     inverses = [_inverse_norms(x) for x in (lefts if value is not None else lefts[:1])]
     kept_inverses = [_inverse_norms(x) for x in rights[: len(inverses)]] if own_rows else inverses
