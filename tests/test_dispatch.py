@@ -248,7 +248,7 @@ def test_the_real_extension_without_a_gpu() -> None:
     with pytest.raises(RuntimeError, match=r"merge's workspace \(B=1 H=8 K=5 E=32763\): .+ \[cudaError\w+\]"):
         module.merge_workspace(1, 8, 5, 32763, 8, 8)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"merge \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):
-        module.merge(*(4 * [rows]), *(5 * [256]), 1, 8, 9, 3, 6, 256, 1 << 20, 0)  # type: ignore[union-attr]
+        module.merge(*(4 * [rows]), *(7 * [256]), 1, 8, 9, 3, 6, 256, 1 << 20, 0)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"kernels \(on the current device\): .+ \[cudaError\w+\]"):
         module.can_run()  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"compact \(B=1 H=8 N=9 K=3 .+\): .+ \[cudaError\w+\]"):

@@ -157,7 +157,10 @@ def test_what_stays_is_all_that_is_owned(policy: str):
     with torch.no_grad():
         model(**FAMILIES["qwen3"].inputs([FAMILIES["qwen3"].prompt((LENGTH,))]), past_key_values=cache)
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-    assert sum(owned(cache, [0, 1, 2])) == cache.report().bytes
+    votes = [tensor for layer in cache.layers for tensor in (layer.votes, layer.key_bias) if tensor is not None]
+    assert sum(owned(cache, [0, 1, 2])) + sum(tensor.untyped_storage().nbytes() for tensor in votes) == (
+        cache.report().bytes
+    )
     for layer in cache.layers:
         assert layer.scores is None
         assert layer.keys.shape[2] == (LENGTH if policy == "full" else KEEP) + 1

@@ -66,20 +66,21 @@ class MixKV(Policy):
 
         r = (T^2 |mean k|^2 - T) / (T (T - 1)) over unit keys k; diversity = -k . mean k, moved to begin at 0.
         """
-        attention, size = super().finish(pairs), pairs.key.shape[2]
-        unit = normalize(pairs.key.float(), dim=-1)
-        mean = unit.mean(2, keepdim=True)
-        alike = ((size * mean.square().sum(-1) - 1) / max(size - 1, 1)).clamp(0, 1)
-        diversity = -(unit * mean).sum(-1)
-        diversity = diversity - diversity.amin(-1, keepdim=True)
-        level = attention.mean(-1, keepdim=True)
-        norm, diversity = (x * level / x.mean(-1, keepdim=True).clamp(min=1e-9) for x in (_norm(pairs), diversity))
-        return (1 - alike) * (attention + norm) + alike * diversity
+        valid = pairs.prompt.valid
+        there = torch.ones_like(pairs.prompt.image) if valid is None else valid
+        there = there[:, None]
+        attention, size = super().finish(pairs), there.sum(-1)
+        unit = normalize(pairs.key.float(), dim=-1) * there[..., None]
+        mean = unit.sum(2) / size[..., None].clamp(min=1)
+        alike = ((size * mean.square().sum(-1) - 1) / (size - 1).clamp(min=1)).clamp(0, 1)[..., None]
+        diversity = -(unit * mean[:, :, None]).sum(-1)
+        diversity = (diversity - diversity.masked_fill(~there, float("inf")).amin(-1, keepdim=True)) * there
+        norm = pairs.value.float().norm(dim=-1) * there
 
+        def scaled(x: Tensor) -> Tensor:
+            return x * attention.sum(-1, keepdim=True) / x.sum(-1, keepdim=True).clamp(min=1e-9)
 
-def _norm(pairs: Pairs) -> Tensor:
-    norm: Tensor = pairs.value.float().norm(dim=-1)
-    return norm
+        return (1 - alike) * (attention + scaled(norm)) + alike * scaled(diversity)
 
 
 @register_policy("vlcache", recent_share=0.1)
