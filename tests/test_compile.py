@@ -66,11 +66,12 @@ def launch_all(float8: bool) -> None:
             kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, None, True, 0.1, None)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
-    for votes in (None, empty(BATCH, HEADS, TOKENS)):
-        merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float(), votes, empty(BATCH, HEADS, KEPT))
     # as torch.autocast gives them
     key, value = empty(BATCH, HEADS, TOKENS, 80), empty(BATCH, HEADS, TOKENS, 80, dtype=torch.bfloat16)
     merge.merge_(key, value, kept, evicted, evicted, evicted.float(), kept.float())
+    for votes in (None, empty(BATCH, HEADS, TOKENS)):
+        counted = votes, empty(BATCH, HEADS, KEPT)
+        merge.merge_(key, value, kept, evicted, evicted, evicted.float(), kept.float(), *counted)
     for keep in ([KEPT], [KEPT] * BATCH):
         select.select_tokens(empty(BATCH, HEADS, TOKENS), empty(BATCH, TOKENS, dtype=torch.int32), keep)
     # sizes of 1 become constants
