@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
@@ -21,6 +22,13 @@ settings.register_profile("interpreted", deadline=None, max_examples=15, derando
 settings.load_profile("interpreted" if INTERPRETED else "lookm")
 # small tensors: more threads mostly wait for each other, for seconds where the machine is busy
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def papers_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that names no policy is of the paper's method; those of the default name it."""
+    if "lookm.cache" in sys.modules:
+        monkeypatch.setattr(sys.modules["lookm.cache"], "DEFAULT_POLICY", "lookm")
 
 
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-kernels", "cuda-reference")]

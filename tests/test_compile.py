@@ -57,7 +57,7 @@ def launch_all(float8: bool) -> None:
             nearest.nearest_kept(key, kept, evicted, None, group)
             nearest.nearest_kept(key, kept, evicted, key, group, None, out, out)
         for outs in ((), (out, out)):
-            merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float(), *outs)
+            merge.merge_(key, key, kept, evicted, evicted, evicted.float(), kept.float(), None, None, *outs)
             compact.compact_(key, key, kept, *outs)
         if dtype != torch.float16:
             scores.attention_scores(query, key, *every_flag)

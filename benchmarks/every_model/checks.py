@@ -43,8 +43,12 @@ class Subject:
     rows: list[Row]
     told: bool = False
 
-    def cache(self, rows: Sequence[Row], budget: float, policy: str = "lookm", **options: Any) -> LookMCache:
-        """A LookMCache for these rows."""
+    def cache(self, rows: Sequence[Row], budget: float, policy: str | None = None, **options: Any) -> LookMCache:
+        """A LookMCache for these rows: of the default policy, with the whole budget of the paper's.
+
+        The checks make layers select and compact at 1.0 too; attention with votes then has other last bits.
+        """
+        policy = policy or ("lookm" if budget == 1.0 else "auto")
         told = {"image_mask": image_mask(rows)} if self.told else {}
         return LookMCache(self.model, budget, policy, later_turns="dense", **told, **options)
 

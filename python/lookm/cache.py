@@ -35,6 +35,7 @@ from lookm.report import Report, layer_report
 from lookm.segments import item_starts
 
 DEFAULT_BUDGET = 0.2
+DEFAULT_POLICY = "auto"
 LATER_TURNS = ("dense", "segment")
 CROSS_ATTENTION = "its image tokens live in cross-attention layers, not in the self-attention cache"
 REFUSED = {"mllama": CROSS_ATTENTION, "idefics": CROSS_ATTENTION}
@@ -81,7 +82,7 @@ class LookMCache(DynamicCache):
         model: the transformers model that will be called (or a wrapper of it); the cache keeps no reference to it.
         budget: what stays of the prompt: a fraction 0 < f <= 1.0 of each row (0.2 by default), a number of tokens
             (int), or bytes for the whole cache ("512MiB"). A prompt that fits is left as it is.
-        policy: a registered name (lookm.POLICIES; "lookm" by default) or a lookm.Policy.
+        policy: a registered name (lookm.POLICIES; "auto" by default, "lookm" is the paper's method) or a lookm.Policy.
         prompt_length: number of tokens of a prompt that comes in several forwards (chunked prefill), padding included.
             A forward of one token before that, after longer ones, is taken for decoding and refused.
         later_turns: what becomes of further prompts: "dense" (default) keeps them whole, "segment" compresses each
@@ -103,7 +104,7 @@ class LookMCache(DynamicCache):
         self,
         model: nn.Module,
         budget: float | int | str | None = None,
-        policy: str | Policy = "lookm",
+        policy: str | Policy | None = None,
         *,
         prompt_length: int | None = None,
         later_turns: str | None = None,
@@ -127,7 +128,7 @@ class LookMCache(DynamicCache):
         if image_mask is not None and not (is_tensor and image_mask.ndim == 2 and image_mask.dtype == torch.bool):
             got = f"{image_mask.dtype} {list(image_mask.shape)}" if is_tensor else type(image_mask).__name__
             raise ValueError(f"`image_mask` must be a bool tensor [batch, tokens], got {got}")
-        chosen = resolve_policy(policy, options)
+        chosen = resolve_policy(DEFAULT_POLICY if policy is None else policy, options)
         default = DEFAULT_BUDGET if important is None and recent is None else None
         budgeted = parse_budget(default if budget is None else budget, important, recent)
         if recent is not None and "recent_share" in options:

@@ -83,7 +83,7 @@ def policies() -> None:
 def demo(
     budget: BudgetOption = "0.2",
     images: Annotated[int, typer.Option(min=2, max=8, help="Pictures in the prompt.")] = 8,
-    policy: PolicyOption = "lookm",
+    policy: PolicyOption = "auto",
     layout: Annotated[str, typer.Option(help="Names `before` or `after` their pictures.")] = "before",
     out: Annotated[Path, typer.Option(help="Folder for the picture and the table.")] = Path("out"),
     seed: Annotated[int | None, typer.Option(help="Draw this prompt again; a fresh one by default.")] = None,
@@ -113,7 +113,7 @@ class Session:
     ] = None
     frames: Annotated[int, typer.Option(min=1, help="At most so many frames of each video, at equal distances.")] = 16
     budget: BudgetOption = "0.2"
-    policy: Annotated[str, typer.Option(help="A name from `lookm policies`, or module:Class of one's own.")] = "lookm"
+    policy: Annotated[str, typer.Option(help="A name from `lookm policies`, or module:Class of one's own.")] = "auto"
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A field of the policy, such as rule=average; may be repeated."),

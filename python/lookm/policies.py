@@ -126,7 +126,7 @@ class TextPriorWeightedMerge(Policy):
 @register_policy("text_prior_pivot_merge", text_prior=True, rule="pivotal")
 @dataclass(frozen=True)
 class TextPriorPivotMerge(Policy):
-    """Text before images, pivotal merging (LOOK-M, section 3.3); the default."""
+    """Text before images, pivotal merging (LOOK-M, section 3.3): the paper's method."""
 
 
 @register_policy(
@@ -135,7 +135,7 @@ class TextPriorPivotMerge(Policy):
 )  # fmt: skip
 @dataclass(frozen=True)
 class Auto(Policy):
-    """Merging with votes, freely where attention is spread, else only into pairs that are alike.
+    """Merging with votes, freely where attention is spread, else only what is alike; the default.
 
     Every image keeps its two best tokens. Evicted tokens are averaged into the kept pair of their medium that is most
     like them in key and value, found once more among the merged pairs, and the pair draws the attention of all of them.
