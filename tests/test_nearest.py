@@ -242,6 +242,13 @@ def test_a_number_is_the_least_similarity_of_every_head(device: torch.device) ->
     assert all(map(same_bits, nearest_kept(*call, min_similarity=-2), plain))
 
 
+def test_a_similarity_that_just_reaches_the_least_will_do(device: torch.device) -> None:
+    """Of axes all cosines are exact."""
+    key = torch.eye(4, device=device).repeat(2, 1)[None, None, [0, 1, 2, 4, 7]]
+    for least, pivots in ((1.0, [0, -1]), (0.0, [0, 0]), (1.0 + 1e-6, [-1, -1])):
+        assert nearest_kept(key, *ranges(key, 3), min_similarity=least)[0].tolist() == [[pivots]]
+
+
 def test_one_group_is_none_and_an_empty_group_has_no_pivot(device: torch.device) -> None:
     key = random(0, 2, 3, 40, 8, device=device)
     kept, evicted = ranges(key, 10)

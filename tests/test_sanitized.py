@@ -62,7 +62,8 @@ def run_all() -> None:
                 for values in (value, value.half()):
                     outs = (torch.empty(2, 2, kept.shape[2], width, dtype=x.dtype) for x in (key, values))
                     given = dict(zip(("out_key", "out_value"), outs, strict=True))
-                    merge_(key, values, kept, evicted, pivot, *weights, **given)
+                    counted = {"votes": random(4, 2, 2, tokens).abs(), "out_votes": torch.empty(kept.shape)}
+                    merge_(key, values, kept, evicted, pivot, *weights, **given, **counted)
                     compact_(key, values, kept, **given)
                     merge_(key, values, kept, evicted, pivot, *weights)
                     compact_(key, values, kept)
