@@ -49,6 +49,7 @@ DEFAULTS = {
     "madakv": {"recent_share": 0.1, "window": 32, "cover": 0.9},
     "mixkv": {"text_prior": True},
     "vlcache": {"recent_share": 0.1, "window": 64, "threshold": 0.01},
+    "prefixkv": {"profile": None},
     "flowmm": {"text_prior": True, "rule": "pivotal", "group": "medium", "crossing": 0.25},
 }  # fmt: skip
 BAD_OPTIONS = [
@@ -76,6 +77,8 @@ BAD_OPTIONS = [
     ("lookm", {"grid": 1.5}),
     ("lookm", {"visit_power": -1}),
     ("auto", {"spread": 2.0}),
+    ("prefixkv", {"profile": [1.0, 2.0]}),
+    ("prefixkv", {"profile": (1.0, 0.0)}),
     ("lookm", {"stride": 2.0}),
     ("lookm", {"stride": True}),
     ("lookm", {"phase": -1}),

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from families import FAMILIES, IMAGE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import lookm
 from lookm import Attention, LookMCache, Pairs, Policy
 
 LLAVA = FAMILIES["llava"]
@@ -338,3 +339,19 @@ def test_a_prompt_hidden_later_is_refused_or_obeyed_head_by_head():
     hidden = (plain.layers[0].kept_positions() >= 3) & (plain.layers[0].kept_positions() < 9)
     expected = truth(llama("eager"), plain, {k: v for k, v in turn.items() if k != "attention_mask"}, hidden[:, 0])
     torch.testing.assert_close(model(**turn, past_key_values=plain).logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_profile_made_once_gives_layers_their_shares():
+    model = llama("sdpa")
+    ids = torch.randint(0, 64, (1, 60), generator=torch.Generator().manual_seed(0))
+    profile = lookm.layer_profile(model, {"input_ids": ids})
+    assert len(profile) == 3
+    assert sum(profile) == pytest.approx(1)
+    cache = LookMCache(model, 0.25, "prefixkv", profile=(3.0, 2.0, 1.0))
+    model(ids, past_key_values=cache)
+    assert [layer.stored for layer in cache.layers] == [22, 15, 8]
+    with pytest.raises(ValueError, match="`profile` must be of 3 layers, got 2"):
+        model(ids, past_key_values=LookMCache(model, 0.25, "prefixkv", profile=(3.0, 2.0)))
+    with pytest.raises(ValueError, match="`cover` must be a share"):
+        lookm.layer_profile(model, {"input_ids": ids}, cover=1.5)

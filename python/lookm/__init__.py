@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lookm.attention import Attention, Pairs
     from lookm.cache import LookMCache
     from lookm.policy import POLICIES, Merging, Policy, register_policy
+    from lookm.profile import layer_profile
     from lookm.prompt import Prompt
     from lookm.report import LayerReport, Report
     from lookm.switch import disable, enable
@@ -30,6 +31,7 @@ _HOME = {
     "__version__": "lookm_kernels._version",
     "disable": "lookm.switch",
     "enable": "lookm.switch",
+    "layer_profile": "lookm.profile",
     "next_turn": "lookm.turns",
     "register_policy": "lookm.policy",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "disable",
     "enable",
+    "layer_profile",
     "next_turn",
     "register_policy",
 ]

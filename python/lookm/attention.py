@@ -141,6 +141,7 @@ class Pairs:
     key [B, H, N, D] after rotary embedding, value [B, H, N, Dv]; not to be modified.
     sums [B, any, N] float32: Policy.score, added up over the chunks of the prompt.
     scores [B, H, N] float32: what Policy.finish made of them; before that, the sums.
+    layers: compressed layers of the cache.
     """
 
     prompt: Prompt
@@ -148,3 +149,4 @@ class Pairs:
     value: Tensor
     sums: Tensor
     scores: Tensor
+    layers: int = 1

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from lookm import policies as _registered_before  # noqa: F401  (their order is that of the tables)
 from lookm.attention import Attention, Pairs
-from lookm.policy import Merging, Policy, register_policy
+from lookm.policy import Merging, Policy, is_number, register_policy
 from lookm.prompt import Prompt, on_device
 
 
@@ -106,6 +106,32 @@ class VLCache(Policy):
         dense = pairs.scores >= self.threshold * pairs.scores.amax(-1, keepdim=True)
         counts = dense.sum(-1).float().mean(1).ceil().tolist()
         return [min(int(count), own // layers) for count, own in zip(counts, left, strict=True)]
+
+
+@register_policy("prefixkv")
+@dataclass(frozen=True)
+class PrefixKV(Policy):
+    """Layers share the budget by a profile that was made once (PrefixKV, arXiv 2412.03409); evenly without one.
+
+    profile: a positive number for each compressed layer, in proportion to its share; see lookm.layer_profile.
+    """
+
+    profile: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = isinstance(self.profile, tuple) and all(is_number(part) and part > 0 for part in self.profile)
+        if self.profile is not None and not good:
+            raise ValueError(f"`profile` must be None or a tuple of positive numbers, got {self.profile!r}")
+
+    def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
+        """This layer's share of what is left. ValueError for a profile of another number of layers."""
+        if self.profile is None:
+            return super().take(pairs, left, layers)
+        if len(self.profile) != pairs.layers:
+            raise ValueError(f"`profile` must be of {pairs.layers} layers, got {len(self.profile)}")
+        rest = self.profile[-layers:]
+        return [int(own * rest[0] / sum(rest)) for own in left]
 
 
 @register_policy("flowmm", text_prior=True, rule="pivotal", group="medium")

@@ -196,7 +196,8 @@ class Reading:
         """What stays of the prompt, in memory of its own. sums [B, any, N]: of Policy.score over all its queries."""
         policy = self.settings.policy
         key, value = (rows.detach() for rows in (self.keys, self.values))
-        pairs = Pairs(plan.prompt, key[:, :, self.start :], value[:, :, self.start :], sums, sums)
+        whole_prompt = key[:, :, self.start :], value[:, :, self.start :]
+        pairs = Pairs(plan.prompt, *whole_prompt, sums, sums, self.settings.layers)
         pairs = replace(pairs, scores=policy.finish(pairs))
         if policy.uneven:
             plan = self._own_budget(plan, pairs)
