@@ -353,7 +353,8 @@ def test_a_gradient(device: torch.device, op: str, argument: str) -> None:
 def test_bfloat16_in_the_interpreter_of_triton(device: torch.device, op: str, argument: str) -> None:
     """Its products of bfloat16 are garbage."""
     given = arguments(op, device)
-    given |= {name: x.bfloat16() for name, x in given.items() if name in ("query", argument, f"out_{argument}")}
+    alike = ("query", argument, f"out_{argument}", f"kept_{argument}")
+    given |= {name: x.bfloat16() for name, x in given.items() if name in alike}
     before = copied(given)
     with pytest.raises(ValueError, match="backend triton: bfloat16, which its interpreter multiplies and rounds"):
         public(op)(**given)
