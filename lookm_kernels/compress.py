@@ -135,9 +135,9 @@ def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[in
 
 
 def _merge(key: Tensor, value: Tensor, kept: Tensor, evicted: Tensor, how: _How, outs: tuple[Tensor, ...]) -> None:
-    nearest = implementation("nearest_kept", "nearest", key)
-    merge = implementation("merge_", "merge", key, value)
     values = value if how.similarity == "key_value" else None
+    nearest = implementation("nearest_kept", "nearest", *([key] if values is None else [key, values]))
+    merge = implementation("merge_", "merge", key, value)
     # the originals are needed again: a round that is not the last writes elsewhere
     merged = outs or (tuple(x.new_empty((*kept.shape, x.shape[3])) for x in (key, value)) if how.refine else ())
     for round in range(how.refine + 1):

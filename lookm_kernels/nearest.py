@@ -133,7 +133,8 @@ def _run(key: Tensor, kept: Tensor, evicted: Tensor, *rest: Tensor | None) -> tu
     _check(key, kept, evicted, *rest)
     check_indices("kept", kept, key.shape[2])
     check_indices("evicted", evicted, key.shape[2])
-    return implementation("nearest_kept", "nearest", key)(key, kept, evicted, *rest)  # type: ignore[no-any-return]
+    compared = [key] if rest[0] is None else [key, rest[0]]
+    return implementation("nearest_kept", "nearest", *compared)(key, kept, evicted, *rest)  # type: ignore[no-any-return]
 
 
 def _fake(key: Tensor, kept: Tensor, evicted: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
