@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -89,6 +90,52 @@ def check_device(reference_argument: str, reference: Tensor, **tensors: Tensor |
             raise ValueError(
                 f"`{argument}` must be on {reference.device} like `{reference_argument}`, got {tensor.device}"
             )
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds the numbers of all."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    right_aligned: bool = True,
+) -> None:
+    """query [B, Hq, M, D] over key [B, H, N, D], the keys that it may see, and what is done to the logits.
+
+    right_aligned: the queries stand at the last of the keys, so there are not more of them.
+    """
+    check_rows("query", query, "B Hq M D", dtypes)
+    check_rows("key", key, "B H N D", dtypes)
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
+    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
+    require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
+    require(queries <= keys or not right_aligned, "query", f"of at most as many tokens as `key` ({keys})", query)
+    check_device("query", query, key=key, key_start=key_start, mask=mask)
+    if key_start is not None:
+        check_tensor("key_start", key_start, "B", (torch.int32,))
+        check_shape("key_start", key_start, (batch,), "B")
+    if mask is not None:
+        check_tensor("mask", mask, "B Hq M N", (torch.bool,))
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
+        require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
+    require(scale is None or scale > 0, "scale", "positive or None", scale)
+    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
+
+
+def check_key_start(key_start: Tensor | None, keys: int) -> None:
+    """First valid positions [B] among the keys. Values of other devices are not read: that would wait for them."""
+    if key_start is not None and key_start.device.type == "cpu":
+        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= keys
+        require(inside, "key_start", f"positions from 0 to {keys}", key_start.tolist())
 
 
 def check_indices(argument: str, indices: Tensor, limit: int) -> None:

@@ -11,12 +11,14 @@ from torch.nn.functional import pad
 from lookm_kernels._checks import (
     SCORE_DTYPES,
     accumulation_dtype,
+    check_attention,
     check_call,
     check_device,
+    check_key_start,
     check_rows,
-    check_shape,
     check_tensor,
     check_tensors,
+    common_dtype,
     require,
 )
 from lookm_kernels._dispatch import implementation, register, register_backward
@@ -108,14 +110,6 @@ def kept_attention(
     return (out, lse) if return_lse else out
 
 
-def _common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that holds the numbers of all."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def _check(
     query: Tensor,
     key: Tensor,
@@ -127,30 +121,15 @@ def _check(
     scale: float | None,
     softcap: float | None,
 ) -> None:
-    check_rows("query", query, "B Hq M D")
-    check_rows("key", key, "B H N D")
+    check_attention(query, key, key_start, mask, scale, softcap, right_aligned=causal)
     check_rows("value", value, "B H N Dv")
-    batch, heads, queries, width = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
-    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
-    require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
+    batch, kv_heads, keys, _ = key.shape
     require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N, Dv] = {[*key.shape[:3]]} and Dv, like `key`", value)
-    require(queries <= keys or not causal, "query", f"of at most as many tokens as `key` ({keys})", query)
-    check_device("query", query, key=key, value=value, key_bias=key_bias, key_start=key_start, mask=mask)
+    check_device("query", query, value=value, key_bias=key_bias)
     if key_bias is not None:
         check_tensor("key_bias", key_bias, "B H P", SCORE_DTYPES)
         fits = key_bias.shape[:2] == (batch, kv_heads) and key_bias.shape[2] <= keys
         require(fits, "key_bias", f"[B, H, P] = [{batch}, {kv_heads}, at most {keys}]", key_bias)
-    if key_start is not None:
-        check_tensor("key_start", key_start, "B", (torch.int32,))
-        check_shape("key_start", key_start, (batch,), "B")
-    if mask is not None:
-        check_tensor("mask", mask, "B Hq M N", (torch.bool,))
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
-        require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
-    require(scale is None or scale > 0, "scale", "positive or None", scale)
-    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
 
 
 def _run(
@@ -165,11 +144,9 @@ def _run(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
-    if key_start is not None and key_start.device.type == "cpu":
-        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
-        require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
+    check_key_start(key_start, key.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = _common_dtype(query, key, value)
+    dtype = common_dtype(query, key, value)
     rows = query.to(dtype), key.to(dtype), value.to(dtype)
     # the first tensor's width is the head dimension that a backend must take
     widest = max(query, value, key=lambda x: x.shape[3])
@@ -180,7 +157,7 @@ def _run(
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     _check(query, key, value, *options)
-    dtype = accumulation_dtype(_common_dtype(query, key, value))
+    dtype = accumulation_dtype(common_dtype(query, key, value))
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     return out, query.new_empty(query.shape[:3], dtype=dtype)
 

@@ -13,12 +13,14 @@ from lookm_kernels._checks import (
     SCORE_DTYPES,
     accumulation_dtype,
     check_ascending,
+    check_attention,
     check_call,
     check_device,
     check_indices,
-    check_rows,
+    check_key_start,
     check_shape,
     check_tensor,
+    common_dtype,
     require,
 )
 from lookm_kernels._dispatch import implementation, register
@@ -84,11 +86,6 @@ def attention_scores(
     )
 
 
-def _common_dtype(query: Tensor, key: Tensor) -> torch.dtype:
-    """The dtype that holds the numbers of both."""
-    return query.dtype if query.dtype == key.dtype else torch.promote_types(query.dtype, key.dtype)
-
-
 def _check(
     query: Tensor,
     key: Tensor,
@@ -102,33 +99,18 @@ def _check(
     query_position: Tensor | None,
     head_scale: Tensor | None,
 ) -> None:
-    check_rows("query", query, "B Hq M D", (*FLOAT_DTYPES, FP8))
-    check_rows("key", key, "B H N D", (*FLOAT_DTYPES, FP8))
-    batch, heads, queries, width = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
+    check_attention(query, key, key_start, mask, scale, softcap, (*FLOAT_DTYPES, FP8))
+    batch, heads, queries, _ = query.shape
     require((key.dtype == FP8) == (query.dtype == FP8), "key", "float8_e4m3fn where `query` is, and only there", key)
-    require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
-    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
-    require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
-    require(queries <= keys, "query", f"of at most as many tokens as `key` ({keys})", query)
-    check_device("query", query, key=key, lse=lse, query_weight=query_weight, key_start=key_start, mask=mask)
+    check_device("query", query, lse=lse, query_weight=query_weight)
     if lse is not None:
-        check_tensor("lse", lse, "B Hq M", (accumulation_dtype(_common_dtype(query, key)),))
+        check_tensor("lse", lse, "B Hq M", (accumulation_dtype(common_dtype(query, key)),))
         check_shape("lse", lse, (batch, heads, queries), "B Hq M")
     if query_weight is not None:
         several = isinstance(query_weight, Tensor) and query_weight.ndim == 3
         check_tensor("query_weight", query_weight, "B W M" if several else "B M", SCORE_DTYPES)
         weightings = (max(1, query_weight.shape[1]),) if several else ()
         check_shape("query_weight", query_weight, (batch, *weightings, queries), "B W M" if several else "B M")
-    if key_start is not None:
-        check_tensor("key_start", key_start, "B", (torch.int32,))
-        check_shape("key_start", key_start, (batch,), "B")
-    if mask is not None:
-        check_tensor("mask", mask, "B Hq M N", (torch.bool,))
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
-        require(fits, "mask", f"[B or 1, Hq or 1, M, N] = [{batch}, {heads}, {queries}, {keys}]", mask)
-    require(scale is None or scale > 0, "scale", "positive or None", scale)
-    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
     check_device("query", query, query_position=query_position, head_scale=head_scale)
     if query_position is not None:
         check_tensor("query_position", query_position, "B M", (torch.int32,))
@@ -152,16 +134,14 @@ def _run(
     head_scale: Tensor | None,
 ) -> Tensor:
     _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale)
-    if key_start is not None and key_start.device.type == "cpu":
-        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= key.shape[2]
-        require(inside, "key_start", f"positions from 0 to {key.shape[2]}", key_start.tolist())
+    check_key_start(key_start, key.shape[2])
     if query_position is not None:
         check_indices("query_position", query_position, key.shape[2])
         check_ascending("query_position", query_position)
     if head_scale is not None and head_scale.device.type == "cpu":
         require(not bool((head_scale <= 0).any()), "head_scale", "positive", head_scale.min().item())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = _common_dtype(query, key)
+    dtype = common_dtype(query, key)
     query, key = query.to(dtype), key.to(dtype)
     run = implementation("attention_scores", "scores", query)
     return run(  # type: ignore[no-any-return]
@@ -174,7 +154,7 @@ def _fake(query: Tensor, key: Tensor, *options: Any) -> Tensor:
     query_weight: Tensor | None = options[3]
     weightings = () if query_weight is None else query_weight.shape[1:-1]
     shape = (key.shape[0], *weightings, *key.shape[1:3])
-    return query.new_empty(shape, dtype=accumulation_dtype(_common_dtype(query, key)))
+    return query.new_empty(shape, dtype=accumulation_dtype(common_dtype(query, key)))
 
 
 register(
