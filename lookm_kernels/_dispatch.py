@@ -143,14 +143,14 @@ def preferred_backend(module: str, device: torch.device) -> str:
     return backend if backend == default or why_missing(backend) is None else default
 
 
-def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]:
-    """The function `op` of file `module` of the backend for `tensors`.
+def implementation(op: str, module: str, first: Tensor, *others: Tensor | None) -> Callable[..., Any]:
+    """The function `op` of file `module` of the backend for these tensors; None: one that was left out.
 
     The one that use_backend or LOOKM_BACKEND chose, ValueError for tensors it does not take; else the preferred one, or
     the reference for what that does not take. RuntimeError for float8 on a GPU that does not multiply it: it would only
     be slower.
     """
-    device = tensors[0].device
+    device, tensors = first.device, [first, *(tensor for tensor in others if tensor is not None)]
     chosen = _forced or backend_of_process()
     if chosen is not None and not has_op(chosen, module):
         chosen = None
@@ -163,7 +163,7 @@ def implementation(op: str, module: str, *tensors: Tensor) -> Callable[..., Any]
     if reason is not None and chosen:
         raise ValueError(f"backend {backend}: {reason}")
     backend = backend if reason is None else "reference"
-    no_float8 = why_no_float8(device) if backend != "reference" and tensors[0].dtype == FP8 else None
+    no_float8 = why_no_float8(device) if backend != "reference" and first.dtype == FP8 else None
     if no_float8 is not None:
         raise RuntimeError(f"{no_float8} (or backend reference)")
     function: Callable[..., Any] = getattr(importlib.import_module(f"lookm_kernels.{backend}.{module}"), op)

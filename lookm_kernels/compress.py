@@ -13,7 +13,6 @@ from lookm_kernels._checks import check_call, check_device, check_shape, require
 from lookm_kernels._dispatch import implementation, register_in_place
 from lookm_kernels.merge import (
     check_apart,
-    check_given,
     check_key_value,
     check_outs,
     check_vote_tensors,
@@ -73,7 +72,7 @@ def compress_(
         TypeError, ValueError: as the ops above, and for an unknown rule or gate. Nothing is modified then.
     """
     check_call(key=key, value=value, scores=scores, tier=tier)
-    check_given(group=group, votes=votes, out_votes=out_votes)
+    check_call(group=group, votes=votes, out_votes=out_votes)
     _check_refine(refine)
     how = similarity, group, as_heads(key, min_similarity), refine, votes, out_votes
     rest = scores, tier, per_row(keep), rule, gate, *how, *given_outs(out_key, out_value)
@@ -136,7 +135,7 @@ def _run(key: Tensor, value: Tensor, scores: Tensor, tier: Tensor, keep: list[in
 
 def _merge(key: Tensor, value: Tensor, kept: Tensor, evicted: Tensor, how: _How, outs: tuple[Tensor, ...]) -> None:
     values = value if how.similarity == "key_value" else None
-    nearest = implementation("nearest_kept", "nearest", *([key] if values is None else [key, values]))
+    nearest = implementation("nearest_kept", "nearest", key, values)
     merge = implementation("merge_", "merge", key, value)
     # the originals are needed again: a round that is not the last writes elsewhere
     merged = outs or (tuple(x.new_empty((*kept.shape, x.shape[3])) for x in (key, value)) if how.refine else ())

@@ -73,15 +73,10 @@ def merge_(
     """
     check_call(key=key, value=value, kept=kept, evicted=evicted, pivot=pivot)
     check_call(evicted_weight=evicted_weight, kept_weight=kept_weight)
-    check_given(votes=votes, out_votes=out_votes)
+    check_call(votes=votes, out_votes=out_votes)
     outs = given_outs(out_key, out_value)
     op = torch.ops.lookm.merge_
     op(key, value, kept, evicted, pivot, evicted_weight, kept_weight, votes, out_votes, *outs)
-
-
-def check_given(**tensors: Tensor | None) -> None:
-    """check_call of the tensors that are given."""
-    check_call(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def given_outs(out_key: Tensor | None, out_value: Tensor | None) -> tuple[Tensor, ...]:

@@ -60,9 +60,7 @@ def nearest_kept(
         ValueError: shapes or devices that do not fit, an empty key, indices out of range, a key that requires a
             gradient.
     """
-    check_call(key=key, kept=kept, evicted=evicted)
-    given = {"value": value, "group": group, "kept_key": kept_key, "kept_value": kept_value}
-    check_call(**{name: tensor for name, tensor in given.items() if tensor is not None})
+    check_call(key=key, kept=kept, evicted=evicted, value=value, group=group, kept_key=kept_key, kept_value=kept_value)
     least = as_heads(key, min_similarity)
     return torch.ops.lookm.nearest_kept(key, kept, evicted, value, group, least, kept_key, kept_value)  # type: ignore[no-any-return]
 
@@ -133,8 +131,7 @@ def _run(key: Tensor, kept: Tensor, evicted: Tensor, *rest: Tensor | None) -> tu
     _check(key, kept, evicted, *rest)
     check_indices("kept", kept, key.shape[2])
     check_indices("evicted", evicted, key.shape[2])
-    compared = [key] if rest[0] is None else [key, rest[0]]
-    return implementation("nearest_kept", "nearest", *compared)(key, kept, evicted, *rest)  # type: ignore[no-any-return]
+    return implementation("nearest_kept", "nearest", key, rest[0])(key, kept, evicted, *rest)  # type: ignore[no-any-return]
 
 
 def _fake(key: Tensor, kept: Tensor, evicted: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
