@@ -53,6 +53,14 @@ def _norm_kernel(
 
 
 @triton.jit
+def _better(best, pivot, cosine, begin):
+    """The best similarities so far and their places, after those [E, K] of the kept rows from `begin` on."""
+    block_best, block_place = tl.max(cosine, 1, return_indices=True, return_indices_tie_break_left=True)
+    better = block_best > best
+    return tl.where(better, block_best, best), tl.where(better, begin + block_place, pivot)
+
+
+@triton.jit
 def _rows(x_ptr, stride_n, row, inverse, D, BLOCK_D: tl.constexpr):
     """Rows [any, BLOCK_D] of x, zeros where the inverse of the norm is 0."""
     d = tl.arange(0, BLOCK_D)
@@ -114,10 +122,7 @@ def _nearest_of_group_kernel(
         if HAS_GROUP:
             may = may & (tl.load(group_ptr + kept, mask=kept >= 0, other=0)[None, :] == group[:, None])
         cosine = tl.where(may, cosine, float("-inf"))
-        block_best, block_place = tl.max(cosine, 1, return_indices=True, return_indices_tie_break_left=True)
-        better = block_best > best
-        pivot = tl.where(better, begin + block_place, pivot)
-        best = tl.where(better, block_best, best)
+        best, pivot = _better(best, pivot, cosine, begin)
     merges = (evicted >= 0) & (pivot >= 0)
     tl.store(pivot_ptr + pid * EVICTED + e, tl.where(merges, pivot, -1), mask=e < EVICTED)
     tl.store(similarity_ptr + pid * EVICTED + e, tl.where(merges, best, 0.0), mask=e < EVICTED)
@@ -150,10 +155,7 @@ def _nearest_kernel(
         product = tl.dot(left, right, input_precision="ieee")
         # minus infinity: an empty place is no pivot
         cosine = tl.fma(product, kept_inverse[None, :], tl.where(kept >= 0, 0.0, float("-inf"))[None, :])
-        block_best, block_place = tl.max(cosine, 1, return_indices=True, return_indices_tie_break_left=True)
-        better = block_best > best
-        pivot = tl.where(better, begin + block_place, pivot)
-        best = tl.where(better, block_best, best)
+        best, pivot = _better(best, pivot, cosine, begin)
     merges = (evicted >= 0) & (pivot >= 0)
     tl.store(pivot_ptr + pid * EVICTED + e, tl.where(merges, pivot, -1), mask=e < EVICTED)
     tl.store(similarity_ptr + pid * EVICTED + e, tl.where(merges, best * inverse, 0.0), mask=e < EVICTED)
