@@ -160,8 +160,7 @@ class Auto(Policy):
         scores = pairs.scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         share = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         tokens = torch.special.entr(share).sum(-1).exp()
-        valid = pairs.prompt.valid
-        length = scores.shape[-1] if valid is None else valid.sum(1, keepdim=True)
+        length = pairs.prompt.there.sum(1, keepdim=True)
         dtype = torch.float64 if pairs.key.dtype == torch.float64 else torch.float32
         concentrated = tokens < self.spread * length
         return replace(merging, min_similarity=torch.where(concentrated, self.min_similarity, -1.0).to(dtype))

@@ -47,6 +47,11 @@ class Prompt:
             begins |= self.starts & self.image
         return (begins.cumsum(1) - 1).masked_fill(~self.image, -1).int()
 
+    @cached_property
+    def there(self) -> Tensor:
+        """[B, N] bool: tokens that are not padding."""
+        return torch.ones_like(self.image) if self.valid is None else self.valid
+
     def last(self, counts: Sequence[int]) -> Tensor:
         """[B, N] bool: the last counts[row] valid tokens of each row's whole prompt."""
         return self._within(counts, from_end=True)
@@ -56,7 +61,7 @@ class Prompt:
         return self._within(counts, from_end=False)
 
     def _within(self, counts: Sequence[int], from_end: bool) -> Tensor:
-        valid = torch.ones_like(self.image) if self.valid is None else self.valid
+        valid = self.there
         place = valid.flip(1).cumsum(1).flip(1) + self.remaining if from_end else valid.cumsum(1)
         return valid & (place <= on_device(counts, valid.device))
 

@@ -22,7 +22,17 @@ from lookm.prompt import Prompt, on_device
 def needed(scores: Tensor, cover: float) -> list[int]:
     """How many of the best tokens of each row cover a share of the scores [B, H, N], averaged over its heads."""
     best = scores.sort(dim=-1, descending=True).values.cumsum(-1)
-    return [int(count) for count in (best < cover * best[..., -1:]).sum(-1).float().mean(1).ceil().tolist()]
+    return _by_row(best < cover * best[..., -1:])
+
+
+def _by_row(tokens: Tensor) -> list[int]:
+    """How many tokens [B, H, N] bool each row has, averaged over its heads."""
+    return [int(count) for count in tokens.sum(-1).float().mean(1).ceil().tolist()]
+
+
+def _at_most_even(wanted: Sequence[int], left: Sequence[int], layers: int) -> list[int]:
+    """What is wanted, an even share of what is left at most; the rest is carried on."""
+    return [min(tokens, own // layers) for tokens, own in zip(wanted, left, strict=True)]
 
 
 @register_policy("madakv", recent_share=0.1)
@@ -42,7 +52,7 @@ class MadaKV(Policy):
 
     def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
         """Tokens that cover the attention, an even share of what is left at most; the rest is carried on."""
-        return [min(need, own // layers) for need, own in zip(needed(pairs.scores, self.cover), left, strict=True)]
+        return _at_most_even(needed(pairs.scores, self.cover), left, layers)
 
     def levels(self, pairs: Pairs) -> Tensor:
         """The best text tokens and the best image tokens, as many of each as the head's attention has share there."""
@@ -66,9 +76,7 @@ class MixKV(Policy):
 
         r = (T^2 |mean k|^2 - T) / (T (T - 1)) over unit keys k; diversity = -k . mean k, moved to begin at 0.
         """
-        valid = pairs.prompt.valid
-        there = torch.ones_like(pairs.prompt.image) if valid is None else valid
-        there = there[:, None]
+        there = pairs.prompt.there[:, None]
         attention, size = super().finish(pairs), there.sum(-1)
         unit = normalize(pairs.key.float(), dim=-1) * there[..., None]
         mean = unit.sum(2) / size[..., None].clamp(min=1)
@@ -104,8 +112,7 @@ class VLCache(Policy):
     def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
         """As many tokens as get more than the threshold of the most attended one, an even share of the rest at most."""
         dense = pairs.scores >= self.threshold * pairs.scores.amax(-1, keepdim=True)
-        counts = dense.sum(-1).float().mean(1).ceil().tolist()
-        return [min(int(count), own // layers) for count, own in zip(counts, left, strict=True)]
+        return _at_most_even(_by_row(dense), left, layers)
 
 
 @register_policy("prefixkv")
