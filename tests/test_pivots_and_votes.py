@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from inputs import random, same_bits, tiers
+from loops import pivot_of
 from torch import Tensor
 
 from lookm_kernels import compress_, kept_attention, merge_, merge_weights, nearest_kept, select_tokens
@@ -21,11 +22,6 @@ def layer(seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -
     return key, value, random(seed + 2, B, H, N, device=device), tier
 
 
-def unit(x: Tensor) -> Tensor:
-    norm = x.double().norm()
-    return x.double() / norm if norm > 0 else x.double() * 0
-
-
 def nearest_by_loops(
     key: Tensor, kept: Tensor, evicted: Tensor, value: Tensor | None = None, group: Tensor | None = None,
     least: Tensor | None = None, kept_key: Tensor | None = None, kept_value: Tensor | None = None,
@@ -33,19 +29,17 @@ def nearest_by_loops(
     """One token at a time, in float64."""
     pivot, similarity = torch.full_like(evicted, -1), torch.zeros(evicted.shape, dtype=torch.float64)
     for b, h, e in torch.ones_like(evicted).nonzero().tolist():
-        token = int(evicted[b, h, e])
-        found = []
-        for c, place in enumerate(kept[b, h].tolist()):
-            if token < 0 or place < 0 or (group is not None and group[b, token] != group[b, place]):
-                continue
-            other = key[b, h, place] if kept_key is None else kept_key[b, h, c]
-            cosine = float(unit(key[b, h, token]) @ unit(other))
-            if value is not None:
-                other = value[b, h, place] if kept_value is None else kept_value[b, h, c]
-                cosine = (cosine + float(unit(value[b, h, token]) @ unit(other))) / 2
-            found.append((cosine, -c))
-        if found and (least is None or max(found)[0] >= float(least[b, h])):
-            similarity[b, h, e], pivot[b, h, e] = max(found)[0], -max(found)[1]
+        token, places = int(evicted[b, h, e]), kept[b, h].long()
+        if token < 0:
+            continue
+        allowed = (places >= 0) if group is None else (places >= 0) & (group[b, places.clamp(min=0)] == group[b, token])
+        rows, options = [], []
+        for x, merged in ((key, kept_key), (value, kept_value)):
+            if x is not None:
+                rows.append(x[b, h, token])
+                options.append(x[b, h, places.clamp(min=0)] if merged is None else merged[b, h])
+        enough = {} if least is None else {"least": float(least[b, h])}
+        pivot[b, h, e], similarity[b, h, e] = pivot_of(rows, options, allowed.tolist(), **enough)
     return pivot, similarity
 
 

@@ -27,20 +27,10 @@ from quality.beds.bed import FULL, Bed, Split
 from quality.beds.demo import DEMO
 from quality.beds.detail import DETAIL, DETAIL16
 from quality.beds.text import TEXT, TEXT_BF16, why_missing
+from quality.table import cells_of, file_of
 
-RESULTS = Path(__file__).parent / "results"
 BEDS: dict[str, Bed] = {bed.name: bed for bed in (DEMO, DETAIL, DETAIL16, TEXT, TEXT_BF16)}
 BUDGETS = (0.5, 0.2, 0.1, 0.05)
-
-
-def file_of(bed: str, split: Split, folder: Path = RESULTS) -> Path:
-    """The result file of a bed and a split."""
-    return folder / f"bed-{bed}-{split}.json"
-
-
-def cells_of(file: Path) -> list[dict[str, Any]]:
-    """What was measured so far."""
-    return json.loads(file.read_text())["cells"] if file.exists() else []
 
 
 def measure(

@@ -77,10 +77,19 @@ DOCUMENTS = Sort(
 BEDS = {"demo": DIALOGUES, "detail": DIALOGUES, "detail16": DIALOGUES, "text": DOCUMENTS, "text-bf16": DOCUMENTS}
 
 
-def cells(bed: str, split: str = "final") -> list[Cell]:
+def file_of(bed: str, split: str) -> Path:
+    """The result file of a bed and a split."""
+    return RESULTS / f"bed-{bed}-{split}.json"
+
+
+def cells_of(file: Path) -> list[Cell]:
     """The cells of a result file, none where it is not there."""
-    file = RESULTS / f"bed-{bed}-{split}.json"
     return json.loads(file.read_text())["cells"] if file.exists() else []
+
+
+def cells(bed: str) -> list[Cell]:
+    """The cells of a bed on the units for the end."""
+    return cells_of(file_of(bed, "final"))
 
 
 def measured() -> list[str]:
