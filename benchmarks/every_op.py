@@ -50,7 +50,7 @@ def kept(dtype: torch.dtype, device: str) -> list[Tensor]:
     for queries in (1, 50):
         query = torch.randn(BATCH, HEADS, queries, WIDTH).to(device, dtype)
         mask = (torch.rand(BATCH, 1, queries, 600) < 0.9).to(device)
-        every = {"key_bias": bias, "key_start": start, "mask": mask, "softcap": 20.0}
+        every = {"key_bias": bias, "key_start": start, "key_end": start + 45, "mask": mask, "softcap": 20.0}
         results += [lookm_kernels.kept_attention(query, *pairs, **each) for each in ({}, {"causal": False}, every)]
     return results
 

@@ -119,10 +119,8 @@ def check_attention(
     require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
     require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
     require(queries <= keys or not right_aligned, "query", f"of at most as many tokens as `key` ({keys})", query)
-    check_device("query", query, key=key, key_start=key_start, mask=mask)
-    if key_start is not None:
-        check_tensor("key_start", key_start, "B", (torch.int32,))
-        check_shape("key_start", key_start, (batch,), "B")
+    check_device("query", query, key=key, mask=mask)
+    check_row_positions("key_start", key_start, query)
     if mask is not None:
         check_tensor("mask", mask, "B Hq M N", (torch.bool,))
         fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
@@ -131,11 +129,19 @@ def check_attention(
     require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
 
 
-def check_key_start(key_start: Tensor | None, keys: int) -> None:
-    """First valid positions [B] among the keys. Values of other devices are not read: that would wait for them."""
-    if key_start is not None and key_start.device.type == "cpu":
-        inside = int(key_start.min()) >= 0 and int(key_start.max()) <= keys
-        require(inside, "key_start", f"positions from 0 to {keys}", key_start.tolist())
+def check_row_positions(argument: str, positions: Tensor | None, query: Tensor) -> None:
+    """One int32 position for each row of query, or None."""
+    if positions is not None:
+        check_device("query", query, **{argument: positions})
+        check_tensor(argument, positions, "B", (torch.int32,))
+        check_shape(argument, positions, query.shape[:1], "B")
+
+
+def check_inside(argument: str, positions: Tensor | None, keys: int) -> None:
+    """Positions [B] between keys, 0 to all. Values of other devices are not read: that would wait for them."""
+    if positions is not None and positions.device.type == "cpu":
+        inside = int(positions.min()) >= 0 and int(positions.max()) <= keys
+        require(inside, argument, f"positions from 0 to {keys}", positions.tolist())
 
 
 def check_indices(argument: str, indices: Tensor, limit: int) -> None:

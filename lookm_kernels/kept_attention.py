@@ -14,7 +14,8 @@ from lookm_kernels._checks import (
     check_attention,
     check_call,
     check_device,
-    check_key_start,
+    check_inside,
+    check_row_positions,
     check_rows,
     check_tensor,
     check_tensors,
@@ -32,6 +33,7 @@ def kept_attention(
     *,
     key_bias: Tensor | None = ...,
     key_start: Tensor | None = ...,
+    key_end: Tensor | None = ...,
     mask: Tensor | None = ...,
     causal: bool = ...,
     scale: float | None = ...,
@@ -48,6 +50,7 @@ def kept_attention(
     *,
     key_bias: Tensor | None = ...,
     key_start: Tensor | None = ...,
+    key_end: Tensor | None = ...,
     mask: Tensor | None = ...,
     causal: bool = ...,
     scale: float | None = ...,
@@ -63,6 +66,7 @@ def kept_attention(
     *,
     key_bias: Tensor | None = None,
     key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -88,8 +92,10 @@ def kept_attention(
         key_bias: [B, H, P] float32 (or float64), P <= N: added to the logits of the first P keys; the others get 0.
             -inf hides a key.
         key_start: [B] int32, first position of each row that is not padding. Nobody sees earlier keys.
-        mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, in addition to causal and key_start.
-        causal: query i sees no key after position i + N - M (right-aligned, M <= N).
+        key_end: [B] int32, how many keys of each row are there, N by default: what lies behind them, the free places
+            of a buffer of fixed size, is never used. Read on the device alone, so that a captured graph can follow it.
+        mask: bool [B or 1, Hq or 1, M, N], True where a query may see a key, besides causal, key_start and key_end.
+        causal: query i sees no key after position i + N - M (right-aligned, M <= N), with key_end[b] instead of N.
         scale: factor of the products, positive; D ** -0.5 by default.
         softcap: logits become softcap * tanh(logits / softcap), before the bias and the mask.
         return_lse: return the log-sum-exp too.
@@ -102,11 +108,13 @@ def kept_attention(
     Raises:
         TypeError: not a tensor, or a dtype that is not accepted.
         ValueError: shapes, devices or head counts that do not fit, M > N under a causal mask, an empty tensor, scale or
-            softcap <= 0, key_start out of range, or a key_bias that requires a gradient.
+            softcap <= 0, key_start or key_end out of range, or a key_bias that requires a gradient.
     """
     check_tensors(query=query, key=key, value=value)
-    check_call(key_bias=key_bias, key_start=key_start, mask=mask)
-    out, lse = torch.ops.lookm.kept_attention(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
+    check_call(key_bias=key_bias, key_start=key_start, key_end=key_end, mask=mask)
+    out, lse = torch.ops.lookm.kept_attention(
+        query, key, value, key_bias, key_start, key_end, mask, causal, scale, softcap
+    )
     return (out, lse) if return_lse else out
 
 
@@ -116,6 +124,7 @@ def _check(
     value: Tensor,
     key_bias: Tensor | None,
     key_start: Tensor | None,
+    key_end: Tensor | None,
     mask: Tensor | None,
     causal: bool,
     scale: float | None,
@@ -126,6 +135,7 @@ def _check(
     batch, kv_heads, keys, _ = key.shape
     require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N, Dv] = {[*key.shape[:3]]} and Dv, like `key`", value)
     check_device("query", query, value=value, key_bias=key_bias)
+    check_row_positions("key_end", key_end, query)
     if key_bias is not None:
         check_tensor("key_bias", key_bias, "B H P", SCORE_DTYPES)
         fits = key_bias.shape[:2] == (batch, kv_heads) and key_bias.shape[2] <= keys
@@ -138,20 +148,22 @@ def _run(
     value: Tensor,
     key_bias: Tensor | None,
     key_start: Tensor | None,
+    key_end: Tensor | None,
     mask: Tensor | None,
     causal: bool,
     scale: float | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, key_bias, key_start, mask, causal, scale, softcap)
-    check_key_start(key_start, key.shape[2])
+    _check(query, key, value, key_bias, key_start, key_end, mask, causal, scale, softcap)
+    check_inside("key_start", key_start, key.shape[2])
+    check_inside("key_end", key_end, key.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = common_dtype(query, key, value)
     rows = query.to(dtype), key.to(dtype), value.to(dtype)
     # the first tensor's width is the head dimension that a backend must take
     widest = max(query, value, key=lambda x: x.shape[3])
     run = implementation("kept_attention", "kept_attention", widest, query, key, value)
-    out, lse = run(*rows, key_bias, key_start, mask, causal, scale, softcap)
+    out, lse = run(*rows, key_bias, key_start, key_end, mask, causal, scale, softcap)
     return out.to(query.dtype), lse
 
 
@@ -170,7 +182,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     """The derivative of softmax, for all rows and queries at once; the heads of a KV head are rows of one product."""
-    query, key, value, key_bias, key_start, mask, out, lse = ctx.saved_tensors
+    query, key, value, key_bias, key_start, key_end, mask, out, lse = ctx.saved_tensors
     causal, scale, softcap = ctx.options
     kv_heads, (queries, tokens) = key.shape[1], (query.shape[2], key.shape[2])
 
@@ -187,8 +199,11 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         logits = logits + pad(key_bias.to(lse.dtype), (0, tokens - key_bias.shape[2]))[:, :, None]
     position = torch.arange(tokens, dtype=torch.long, device=key.device)
     seen = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=key.device) if mask is None else mask
+    end = position.new_full((1,), tokens) if key_end is None else key_end
+    seen = seen & (position < end[:, None, None, None])
     if causal:
-        seen = seen & (position <= position[tokens - queries :, None])
+        last = end[:, None] - queries + torch.arange(queries, device=key.device)
+        seen = seen & (position <= last[:, None, :, None])
     if key_start is not None:
         seen = seen & (position >= key_start[:, None, None, None])
     seen = seen.expand(*query.shape[:3], tokens).reshape(logits.shape)
@@ -201,12 +216,12 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         grad_logits = grad_logits * slope
     grad_query = (grad_logits @ keys * scale).reshape(query.shape)
     grad_key, grad_value = grad_logits.mT @ q * scale, attention.mT @ grad
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 6
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 7
 
 
 register(
-    "kept_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_start, Tensor? mask, "
-    "bool causal, float? scale, float? softcap) -> (Tensor, Tensor)",
+    "kept_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_start, "
+    "Tensor? key_end, Tensor? mask, bool causal, float? scale, float? softcap) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

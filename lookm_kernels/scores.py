@@ -17,7 +17,7 @@ from lookm_kernels._checks import (
     check_call,
     check_device,
     check_indices,
-    check_key_start,
+    check_inside,
     check_shape,
     check_tensor,
     common_dtype,
@@ -134,7 +134,7 @@ def _run(
     head_scale: Tensor | None,
 ) -> Tensor:
     _check(query, key, scale, causal, lse, query_weight, key_start, mask, softcap, query_position, head_scale)
-    check_key_start(key_start, key.shape[2])
+    check_inside("key_start", key_start, key.shape[2])
     if query_position is not None:
         check_indices("query_position", query_position, key.shape[2])
         check_ascending("query_position", query_position)

@@ -141,6 +141,7 @@ def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed:
             "value": value,
             "key_bias": random(seed + 5, batch, heads, tokens - 3, device=device),
             "key_start": torch.arange(batch, dtype=torch.int32, device=device),
+            "key_end": tokens - torch.arange(batch, dtype=torch.int32, device=device),
             "mask": random(seed + 3, batch, 1, queries, tokens, device=device) > -1,
             "causal": True,
             "scale": 0.3,

@@ -62,8 +62,8 @@ def launch_all(float8: bool) -> None:
         if dtype != torch.float16:
             scores.attention_scores(query, key, *every_flag)
             votes, some = empty(BATCH, HEADS, KEPT), query[:, :, :300]
-            kept_attention.kept_attention(some, key, key, votes, start, mask[:, :, :300], True, 0.1, 50.0)
-            kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, None, True, 0.1, None)
+            kept_attention.kept_attention(some, key, key, votes, start, start, mask[:, :, :300], True, 0.1, 50.0)
+            kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, start, None, True, 0.1, None)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
     # as torch.autocast gives them
@@ -79,7 +79,7 @@ def launch_all(float8: bool) -> None:
     scores.attention_scores(one, one, 0.1, True, *[None] * 7)
     select.select_tokens(one[0], place[0], [1])
     nearest.nearest_kept(one, place, place)
-    kept_attention.kept_attention(one, one, one, None, None, None, True, 0.1, None)
+    kept_attention.kept_attention(one, one, one, None, None, None, None, True, 0.1, None)
     merge.merge_(one, one, place, place, place, one[0], one[0])
     compact.compact_(one, one, place)
 

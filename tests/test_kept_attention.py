@@ -27,11 +27,15 @@ def added(call: dict[str, Any]) -> Tensor:
     query, key = call["query"], call["key"]
     (batch, heads, queries, _), (kv_heads, tokens) = query.shape, key.shape[1:3]
     mask = torch.zeros(batch, heads, queries, tokens, dtype=torch.float64)
+    ends = torch.full((batch,), tokens) if call.get("key_end") is None else call["key_end"]
+    for row, end in enumerate(ends.tolist()):
+        mask[row, ..., end:] = -math.inf
+        if call.get("causal", True):
+            for query_of_row in range(queries):
+                mask[row, :, query_of_row, max(0, end - queries + query_of_row + 1) :] = -math.inf
     if call.get("key_bias") is not None:
         bias = call["key_bias"].double().repeat_interleave(heads // kv_heads, 1)
         mask[..., : bias.shape[2]] += bias[:, :, None]
-    if call.get("causal", True):
-        mask.masked_fill_(torch.ones(queries, tokens).tril(tokens - queries) == 0, -math.inf)
     if call.get("key_start") is not None:
         mask.masked_fill_(torch.arange(tokens) < call["key_start"][:, None, None, None], -math.inf)
     return mask if call.get("mask") is None else mask.masked_fill(~call["mask"], -math.inf)
@@ -80,6 +84,9 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         start = draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
         call["key_start"] = torch.tensor(start, dtype=torch.int32)
+    if draw(st.booleans()):
+        ends = draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+        call["key_end"] = torch.tensor(ends, dtype=torch.int32)
     if draw(st.booleans()):
         shape = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, kv_heads * group])), queries, tokens
         call["mask"] = random(seed + 5, *shape) > draw(st.sampled_from([-1.0, 0.0, 1.0]))
@@ -171,6 +178,28 @@ def test_padding_and_the_batch_change_no_bit(
             assert same_bits(whole[row : row + 1], single)
 
 
+@pytest.mark.parametrize(("queries", "group"), [(1, 3), (9, 2)])
+def test_free_places_of_a_buffer_change_no_bit(device: torch.device, queries: int, group: int) -> None:
+    """A buffer that is full up to another place in each row, NaN behind it, and each row alone in one that fits."""
+    tokens, starts, ends = 700, [0, 130, 20], [300, 520, 700]
+    call = rows(3, 3, 2 * group, 2, queries, tokens, 16)
+    own = {name: x.to(device, torch.float32) for name, x in call.items()}
+    own["key_bias"] = random(5, 3, 2, 600, device=device)
+    for row, end in enumerate(ends):
+        for name in ("key", "value", "key_bias"):
+            own[name][row, :, end:] = math.nan
+    start, end = (torch.tensor(places, dtype=torch.int32, device=device) for places in (starts, ends))
+    together = kept_attention(**own, key_start=start, key_end=end, return_lse=True)
+    assert not together[0].isnan().any()
+    for row, (first, last) in enumerate(zip(starts, ends, strict=True)):
+        places = slice(first, last)
+        alone = {
+            name: x[row : row + 1, :, slice(None) if name == "query" else places].clone() for name, x in own.items()
+        }
+        for whole, single in zip(together, kept_attention(**alone, return_lse=True), strict=True):
+            assert same_bits(whole[row : row + 1], single)
+
+
 def test_one_query_after_another(device: torch.device) -> None:
     """The causal mask is right-aligned: many queries at once are the same as single ones over a growing cache."""
     call = rows(0, 2, 4, 2, 7, 23, 16)
@@ -182,14 +211,17 @@ def test_one_query_after_another(device: torch.device) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="float64 is the reference's alone")
-@pytest.mark.parametrize("options", [(), ("key_bias",), ("key_bias", "key_start", "mask", "softcap")], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), ("key_bias",), ("key_bias", "key_start", "key_end", "mask", "softcap")], ids=str
+)
 def test_gradients(device: torch.device, options: tuple[str, ...]) -> None:
     """Of the output, and where every query sees something of the log-sum-exp too."""
     inputs = [x.to(device).requires_grad_() for x in rows(0, 2, 4, 2, 3, 7, 4).values()]
     mask, bias = random(6, 2, 4, 3, 7, device=device) > -0.5, random(5, 2, 2, 5, device=device)
     mask[0, :, 1], bias[0, 0, 1] = False, -math.inf
     start = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    every = {"key_bias": bias, "key_start": start, "mask": mask, "softcap": 3.0}
+    end = torch.tensor([6, 7], dtype=torch.int32, device=device)
+    every = {"key_bias": bias, "key_start": start, "key_end": end, "mask": mask, "softcap": 3.0}
     chosen = {name: every[name] for name in options}
     both = "mask" not in options
     assert torch.autograd.gradcheck(lambda *rows: kept_attention(*rows, **chosen, return_lse=both), inputs)
@@ -233,7 +265,7 @@ def test_many_queries_make_nothing_large(dtype: torch.dtype) -> None:
     assert query[..., 0].numel() * key.shape[2] * 4 > 2 * 4 * BLOCK_ELEMENTS
     with Largest(query, key) as largest:
         # not the op, inside which torch's mode sees nothing
-        out, _ = reference.kept_attention(query, key, key, None, None, None, True, 0.25, None)
+        out, _ = reference.kept_attention(query, key, key, None, None, None, None, True, 0.25, None)
     assert BLOCK_ELEMENTS <= largest.bytes <= 4 * BLOCK_ELEMENTS
     exact = by_torch({"query": query[:, :4], "key": key[:, :1], "value": key[:, :1]})
     assert (out[:, :4].double() - exact).abs().max() <= (2e-6 if dtype == torch.float32 else 4e-3)

@@ -78,20 +78,22 @@ def test_a_graph_replays_to_the_same_bits(layer: Layer) -> None:
 def test_attention_over_kept_pairs_replays_to_the_same_bits(
     layer: Layer, waiting_is_an_error: Callable[[], None]
 ) -> None:
-    """A decode step in a graph: nothing waits, and new keys in the same memory are read."""
+    """A decode step in a graph: nothing waits, new keys in the same memory are read, and as many as there are then."""
     query, key, value, tier = layer
     start, bias = (tier == 0).sum(1, dtype=torch.int32), random(3, BATCH, HEADS, TOKENS, device="cuda")
+    end = torch.full_like(start, TOKENS - 9)
     step, cached = query[:, :, -1:].clone(), key.clone()
-    kept_attention(step, cached, value, key_bias=bias, key_start=start)
+    kept_attention(step, cached, value, key_bias=bias, key_start=start, key_end=end)
     waiting_is_an_error()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = kept_attention(step, cached, value, key_bias=bias, key_start=start)
+        captured = kept_attention(step, cached, value, key_bias=bias, key_start=start, key_end=end)
     torch.cuda.set_sync_debug_mode("default")
     for shift in (0, 5):
         cached.copy_(key.roll(shift, 1))
+        end.add_(shift)
         graph.replay()
-        assert same_bits(captured, kept_attention(step, cached, value, key_bias=bias, key_start=start))
+        assert same_bits(captured, kept_attention(step, cached, value, key_bias=bias, key_start=start, key_end=end))
 
 
 def test_extra_memory_is_at_most_a_tenth_of_the_cache() -> None:

@@ -22,6 +22,7 @@ def kept_attention(
     value: Tensor,
     key_bias: Tensor | None,
     key_start: Tensor | None,
+    key_end: Tensor | None,
     mask: Tensor | None,
     causal: bool,
     scale: float,
@@ -29,17 +30,18 @@ def kept_attention(
 ) -> tuple[Tensor, Tensor]:
     """See lookm_kernels.kept_attention. Row by row over its valid tokens: padding and other rows change no bit."""
     batch, heads, queries, _ = query.shape
-    tokens, dtype = key.shape[2], accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype)
     out = query.new_zeros((batch, heads, queries, value.shape[3]))
     lse = query.new_full((batch, heads, queries), float("-inf"), dtype=dtype)
     starts = [0] * batch if key_start is None else key_start.tolist()
-    for row, start in enumerate(starts):
+    ends = [key.shape[2]] * batch if key_end is None else key_end.tolist()
+    for row, (start, tokens) in enumerate(zip(starts, ends, strict=True)):
         first = max(0, start - (tokens - queries)) if causal else 0
-        if start == tokens:
+        if start >= tokens:
             continue
-        seen = mask if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:]
-        bias = key_bias if key_bias is None else key_bias[row, :, start:].to(dtype)
-        pairs = key[row, :, start:], value[row, :, start:]
+        seen = mask if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:tokens]
+        bias = key_bias if key_bias is None else key_bias[row, :, start:tokens].to(dtype)
+        pairs = key[row, :, start:tokens], value[row, :, start:tokens]
         block = rows_per_block(heads * (tokens - start))
         with whole_products(query.device):
             for begin in range(first, queries, block):

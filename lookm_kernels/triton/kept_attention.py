@@ -39,12 +39,12 @@ SPLITS_AT_ONCE = 16
 
 @triton.jit
 def _split_kernel(
-    query_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, mask_ptr, partial_ptr, top_ptr, total_ptr,
+    query_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, end_ptr, mask_ptr, partial_ptr, top_ptr, total_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_bb, stride_bh, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
     KV_HEADS, GROUP, M, N, P, D, DV, SPLITS, SPLIT, scale, softcap,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     ROWS = GROUP * M
@@ -54,11 +54,14 @@ def _split_kernel(
     # the heads of a group beside each other for every query: a tile holds queries that see about the same keys
     r = first + tl.arange(0, BLOCK_M)
     m, member = r // GROUP, r % GROUP
-    begin, end = split * SPLIT, N
+    begin, tokens = split * SPLIT, N
     if HAS_START:
         begin += tl.load(start_ptr + row)
+    if HAS_END:
+        tokens = tl.load(end_ptr + row)
+    end = tokens
     if CAUSAL:
-        end = N - M + tl.minimum(M, (first + BLOCK_M - 1) // GROUP + 1)
+        end = tokens - M + tl.minimum(M, (first + BLOCK_M - 1) // GROUP + 1)
     if begin >= end:
         return
     end = tl.minimum(end, begin + SPLIT)
@@ -87,7 +90,7 @@ def _split_kernel(
             x += tl.load(bias_ptr + n.to(tl.int64) * stride_bn, mask=inside & (n < P), other=0.0)[None, :] * LOG2_E
         visible = inside[None, :]
         if CAUSAL:
-            visible = visible & (n[None, :] <= m[:, None] + (N - M))
+            visible = visible & (n[None, :] <= m[:, None] + (tokens - M))
         if HAS_MASK:
             seen_place = row_place[:, None] + n[None, :].to(tl.int64) * stride_mn
             visible = visible & (tl.load(mask_ptr + seen_place, mask=(r < ROWS)[:, None] & visible, other=0) != 0)
@@ -109,16 +112,18 @@ def _split_kernel(
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, top_ptr, total_ptr, start_ptr, out_ptr, lse_ptr, KV_HEADS, GROUP, M, N, DV, SPLITS, SPLIT,
-    CAUSAL: tl.constexpr, HAS_START: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    partial_ptr, top_ptr, total_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, KV_HEADS, GROUP, M, N, DV, SPLITS, SPLIT,
+    CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """The splits of one packed query, in order; those after the last key that it sees were not written."""
     ROWS = GROUP * M
     r, pid = block_and_row(ROWS)
     m, member = r // GROUP, r % GROUP
     seen = N
+    if HAS_END:
+        seen = tl.load(end_ptr + pid // KV_HEADS)
     if CAUSAL:
-        seen = N - M + m + 1
+        seen += m + 1 - M
     if HAS_START:
         seen -= tl.load(start_ptr + pid // KV_HEADS)
     used = tl.cdiv(tl.maximum(0, seen), SPLIT)
@@ -153,6 +158,7 @@ def kept_attention(
     value: Tensor,
     key_bias: Tensor | None,
     key_start: Tensor | None,
+    key_end: Tensor | None,
     mask: Tensor | None,
     causal: bool,
     scale: float,
@@ -169,7 +175,8 @@ def kept_attention(
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias_strides, *mask_strides)
     biased = 0 if key_bias is None else key_bias.shape[2]
     # one query stands at the last key and sees all
-    flags: dict[str, Any] = {"CAUSAL": causal and queries > 1, "HAS_START": key_start is not None}
+    flags: dict[str, Any] = {"CAUSAL": causal and queries > 1}
+    flags |= {"HAS_START": key_start is not None, "HAS_END": key_end is not None}
     options = {"HAS_BIAS": key_bias is not None, "HAS_MASK": mask is not None, "HAS_SOFTCAP": softcap is not None}
     block_dv = padded_width(value_width, value.dtype)
     out = query.new_empty((batch, heads, queries, value_width))
@@ -184,14 +191,14 @@ def kept_attention(
         partial = lse.new_empty((programs, splits, rows, value_width))
         top, total = lse.new_empty((2, programs, splits, rows))
         _split_kernel[(programs * blocks * splits,)](
-            query, key, value, key_bias, key_start, mask, partial, top, total, *strides,
+            query, key, value, key_bias, key_start, key_end, mask, partial, top, total, *strides,
             kv_heads, group, queries, tokens, biased, width, value_width, splits, split, scale, softcap or 1.0,
             **flags, **options, BLOCK_M=block, BLOCK_N=keys, BLOCK_D=padded_width(width, key.dtype),
             BLOCK_DV=block_dv, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
         _combine_kernel[(programs * rows,)](
-            partial, top, total, key_start, out, lse, kv_heads, group, queries, tokens, value_width, splits, split,
-            **flags, BLOCK_S=SPLITS_AT_ONCE, BLOCK_DV=block_dv, num_warps=4, enable_fp_fusion=False,
+            partial, top, total, key_start, key_end, out, lse, kv_heads, group, queries, tokens, value_width, splits,
+            split, **flags, BLOCK_S=SPLITS_AT_ONCE, BLOCK_DV=block_dv, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
     wider = key if width > value_width else value
