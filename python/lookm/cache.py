@@ -7,16 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticSlidingWindowLayer,
+)
 
 from lookm import published as _registers_the_policies  # noqa: F401
 from lookm.budget import Budget, parse_budget
 from lookm.forward import Forward
 from lookm.layer import LookMLayer
-from lookm.masks import is_4d
+from lookm.masks import is_4d, is_step_mask
 from lookm.modality import (
     cache_argument,
     find_media,
@@ -33,12 +38,14 @@ from lookm.policy import Policy, is_count, resolve_policy
 from lookm.refusals import NO_ASSISTANT, NOT_INTERCEPTED
 from lookm.report import Report, layer_report
 from lookm.segments import item_starts
+from lookm.store.fixed import Fixed, Steps
+from lookm.store.growing import Growing
+from lookm.supported import check_config, check_masks
 
 DEFAULT_BUDGET = 0.2
 DEFAULT_POLICY = "auto"
 LATER_TURNS = ("dense", "segment")
-CROSS_ATTENTION = "its image tokens live in cross-attention layers, not in the self-attention cache"
-REFUSED = {"mllama": CROSS_ATTENTION, "idefics": CROSS_ATTENTION}
+WHEN_FULL = ("raise", "double")
 MORE_PROMPT = (
     "lookm: the first {first} tokens were compressed as the whole prompt, and {more} more follow. If they are the rest "
     "of it, declare that: LookMCache(..., prompt_length=TOKENS). If they are a later turn, say later_turns='dense' or "
@@ -64,10 +71,6 @@ OWN_MASK = (
     "`attention_mask` in 4D must fit what the compressed cache holds: [batch, heads, queries, {stored} stored places + "
     "{queries} new tokens], got {got}. Give a 2D mask over all tokens, read and new ones"
 )
-ONE_MASK = (
-    "lookm: {model} is not supported: its {others} layers stay whole and share one attention mask with the layers that "
-    "would be compressed"
-)
 
 
 class LookMCache(DynamicCache):
@@ -87,6 +90,10 @@ class LookMCache(DynamicCache):
             A forward of one token before that, after longer ones, is taken for decoding and refused.
         later_turns: what becomes of further prompts: "dense" (default) keeps them whole, "segment" compresses each
             on its own, with its own budget.
+        max_new_tokens: slots for new tokens, later turns included, in buffers of a fixed size: a step copies nothing,
+            and `generate` compiles decoding into one graph where it compiles at all (on GPUs, unless disable_compile
+            is set). None (default): the cache grows, and every step copies it.
+        when_full: "raise" (default), a ValueError before anything is overwritten, or "double", twice as many slots.
         image_mask: bool [B, tokens], image, video and audio tokens, where the model's inputs cannot tell (features
             merged into inputs_embeds beforehand, or an inner model called directly); the report calls them images.
         important, recent: two fractions instead of `budget`, each rounded down, as in the authors' code.
@@ -108,6 +115,8 @@ class LookMCache(DynamicCache):
         *,
         prompt_length: int | None = None,
         later_turns: str | None = None,
+        max_new_tokens: int | None = None,
+        when_full: str = "raise",
         image_mask: Tensor | None = None,
         important: float | None = None,
         recent: float | None = None,
@@ -124,6 +133,12 @@ class LookMCache(DynamicCache):
             raise ValueError(f"`later_turns` must be one of {LATER_TURNS}, got {later_turns!r}")
         if prompt_length is not None and not (is_count(prompt_length) and prompt_length >= 1):
             raise ValueError(f"`prompt_length` must be a number of tokens, 1 or more, got {prompt_length!r}")
+        if max_new_tokens is not None and not (is_count(max_new_tokens) and max_new_tokens >= 1):
+            raise ValueError(f"`max_new_tokens` must be a number of tokens, 1 or more, got {max_new_tokens!r}")
+        if when_full not in WHEN_FULL:
+            raise ValueError(f"`when_full` must be one of {WHEN_FULL}, got {when_full!r}")
+        if when_full == "double" and max_new_tokens is None:
+            raise ValueError("`when_full` is for a cache of fixed size: give `max_new_tokens` too")
         is_tensor = isinstance(image_mask, Tensor)
         if image_mask is not None and not (is_tensor and image_mask.ndim == 2 and image_mask.dtype == torch.bool):
             got = f"{image_mask.dtype} {list(image_mask.shape)}" if is_tensor else type(image_mask).__name__
@@ -144,11 +159,17 @@ class LookMCache(DynamicCache):
         settings = Settings(chosen, budgeted, later_turns or "dense", sum(compressible))
         self.forward_state = Forward(image_mask, prompt_length)
         self.warn_of_more = later_turns is None and prompt_length is None
+        self.steps = Steps(doubles=when_full == "double")
         self.layers = [
-            LookMLayer(settings, self.forward_state) if replaced else layer
+            LookMLayer(settings, self.forward_state, self._new_store(max_new_tokens)) if replaced else layer
             for layer, replaced in zip(self.layers, compressible, strict=True)
         ]
+        if max_new_tokens is not None:
+            self.layers = [_of_fixed_size(layer) for layer in self.layers]
         watch(model)
+
+    def _new_store(self, max_new_tokens: int | None) -> Growing:
+        return Growing() if max_new_tokens is None else Fixed(max_new_tokens, self.steps)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_forward(self, model: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -165,11 +186,18 @@ class LookMCache(DynamicCache):
             return
         queries = tokens.shape[1]
         mask = arguments.get("attention_mask")
-        own_masks: list[Any] = [own for own in (mask.values() if isinstance(mask, dict) else (mask,)) if is_4d(own)]
+        masks: list[Any] = list(mask.values()) if isinstance(mask, dict) else [mask]
+        # generate makes the masks of a cache that can be compiled before the forward
+        prepared = any(state.made(each) for each in masks) and state.masks(layer.seen, queries)
+        own_masks = [] if prepared else [each for each in masks if is_4d(each)]
+        if own_masks and layer.store.settled:
+            layer.store.make_room(queries)
+            self.steps.steady = False
         for own in own_masks:
             if layer.stored < layer.seen and own.shape[-1] != layer.stored + queries:
                 raise ValueError(OWN_MASK.format(stored=layer.stored, queries=queries, got=list(own.shape)))
-        state.masked = None  # after a crop or a failed forward, this one may begin at the same token
+        if not prepared:
+            state.masked = None  # after a crop or a failed forward, this one may begin at the same token
         if layer.compressed and queries == 1:
             return
         declared = state.prompt_length
@@ -185,10 +213,10 @@ class LookMCache(DynamicCache):
         install(attention_implementation(model))
         given = state.given_image_mask
         known = given is not None and layer.seen < given.shape[1]
-        own_mask = isinstance(mask, dict) or bool(own_masks)
+        own_mask = bool(own_masks) or (isinstance(mask, dict) and not prepared)
         media = None if known else find_media(model, arguments)
         starts = None if media is None else item_starts(media, arguments, model.config)
-        state.begin(layer.seen, queries, media, starts, own_mask)
+        state.begin(layer.seen, queries, media, starts, own_mask, prepared)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end_forward(self, model: PreTrainedModel, arguments: dict[str, Any], finished: bool) -> None:
@@ -205,6 +233,7 @@ class LookMCache(DynamicCache):
         if tokens is not None and all(layer.seen == state.begun_at for layer in self._compressible):
             raise NotImplementedError(NOT_STORED.format(model=type(model).__name__, tokens=tokens.shape[1]))
         state.complete = True
+        self.steps.settle()
 
     def check_continues(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """ValueError where what generate is given, ids [B, n], is not the conversation in this cache and more.
@@ -227,12 +256,18 @@ class LookMCache(DynamicCache):
             row, column = differs.nonzero()[0].tolist()
             raise ValueError(ANOTHER_PROMPT.format(seen=seen, got=f"another one in row {row}, column {column}"))
 
+    def note_generated(self, sequences: Tensor) -> None:
+        """What generate returned, [B, n]: compiled graphs did not say which tokens they read."""
+        state, seen = self.forward_state, self._first.seen
+        if state.tokens and state.token_count < seen <= sequences.shape[1] and len(sequences) == len(state.tokens[0]):
+            state.tokens, state.token_count = [sequences[:, :seen].clone()], seen
+
     def _even(self) -> bool:
         """Whether all layers are known to hold as many tokens; the state of a linear layer does not say."""
         if any(not isinstance(layer, CacheLayerMixin) for layer in self.layers):
             return False
         counted = [layer for layer in self.layers if isinstance(layer, LookMLayer) or layer.is_sliding]
-        return len({layer.get_seq_length() for layer in counted}) == 1
+        return len({int(layer.get_seq_length()) for layer in counted}) == 1
 
     @property
     def _compressible(self) -> list[LookMLayer]:
@@ -262,7 +297,8 @@ class LookMCache(DynamicCache):
                 layer.crop(-removed)
 
     def reset(self) -> None:
-        """Forget everything that was read, for another prompt."""
+        """Forget everything that was read, for another prompt; buffers of a fixed size stay for it."""
+        self.steps.clear()
         for layer in self.layers:
             layer.reset()
             if isinstance(layer, DynamicLayer):
@@ -274,43 +310,16 @@ class LookMCache(DynamicCache):
         return Report([layer_report(index, layer) for index, layer in enumerate(self.layers)])
 
 
-def check_config(config: Any) -> Any:
-    """The text configuration of a supported model's configuration. NotImplementedError with the reason otherwise."""
-    text = config.get_text_config(decoder=True)
-    for kind in (config.model_type, text.model_type):
-        if kind in REFUSED:
-            raise NotImplementedError(f"lookm: {kind} is not supported: {REFUSED[kind]}")
-    crosses = (getattr(text, name, None) for name in ("cross_attention_layers", "add_cross_attention"))
-    if any(crosses) or getattr(config, "is_encoder_decoder", False):
-        raise NotImplementedError(f"lookm: {config.model_type} is not supported: it attends to another sequence")
-    linear = "linear_attention" in (getattr(text, "layer_types", None) or ())
-    if linear and not hasattr(cache_utils, "LinearAttentionLayer"):
-        raise NotImplementedError(
-            f"lookm: {config.model_type} is not supported with transformers {transformers.__version__}: its linear "
-            "attention layers have a cache of their own there; a newer release keeps them in DynamicCache"
-        )
-    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
-        raise NotImplementedError(f"lookm: {config.model_type} is not supported: its layers share keys and values")
-    return text
+def _of_fixed_size(layer: Any) -> Any:
+    """The same layer with a tensor of fixed size, where transformers has one that reads a prompt of any length."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return StaticSlidingWindowLayer(max_cache_len=layer.sliding_window, sliding_window=layer.sliding_window)
+    return layer
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
     """The attention implementation of the decoder."""
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
-
-
-def check_masks(model: str, layers: list[Any]) -> None:
-    """NotImplementedError where a layer that stays whole would get the mask made for the compressed ones.
-
-    transformers makes one mask for all layers that are neither sliding nor linear nor empty.
-    """
-    whole = {
-        type(layer).__name__
-        for layer in layers
-        if isinstance(layer, DynamicLayer) and type(layer) is not DynamicLayer and not layer.is_sliding
-    }
-    if whole:
-        raise NotImplementedError(ONE_MASK.format(model=model, others=", ".join(sorted(whole))))
 
 
 def watch(model: nn.Module) -> None:
@@ -337,12 +346,24 @@ def _around_generate(
     if given is None and cache.get_seq_length() == 0:
         state.given_image_mask = image_mask_of_part(model, arguments | {"input_ids": tokens})
     try:
-        return generate(*args, **arguments)
+        result = generate(*args, **arguments)
     finally:
         state.given_image_mask = given
+    cache.note_generated(result if isinstance(result, Tensor) else result.sequences)
+    return result
+
+
+def _is_graph_step(arguments: dict[str, Any]) -> bool:
+    """Whether this forward is a step over buffers of fixed size, for which generate has prepared everything."""
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    mask = arguments.get("attention_mask")
+    prepared = any(is_step_mask(each) for each in mask.values()) if isinstance(mask, dict) else is_step_mask(mask)
+    return isinstance(cache, LookMCache) and cache.steps.steady and prepared
 
 
 def _before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() and _is_graph_step(kwargs):
+        return
     arguments = forward_arguments(module, args, kwargs)
     cache = cache_argument(arguments)
     if isinstance(cache, LookMCache):
@@ -351,6 +372,8 @@ def _before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
 
 
 def _after_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if torch.compiler.is_compiling() and _is_graph_step(kwargs):
+        return
     arguments = forward_arguments(module, args, kwargs)
     cache = cache_argument(arguments)
     if isinstance(cache, LookMCache):

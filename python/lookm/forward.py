@@ -61,10 +61,15 @@ class Forward:
         return self.__dict__ | {"shared": {}, "plain": [], "sound": []}
 
     def begin(
-        self, seen: int, length: int, media: Tensor | None, starts: Tensor | None = None, own_mask: bool = False
-    ) -> None:
-        """The model is about to read `length` tokens from position `seen` on; media None: all of them are text."""
-        self.forget()
+        self, seen: int, length: int, media: Tensor | None, starts: Tensor | None = None, own_mask: bool = False,
+        prepared: bool = False,
+    ) -> None:  # fmt: skip
+        """The model is about to read `length` tokens from position `seen` on; media None: all of them are text.
+
+        prepared: its masks were made before.
+        """
+        if not prepared:
+            self.forget()
         self.begun, self.length, self.media, self.starts, self.own_mask = seen, length, media, starts, own_mask
 
     def forget(self) -> None:
@@ -124,6 +129,10 @@ class Forward:
     def is_plain(self, mask: Any) -> bool:
         """Whether an attention call got a very mask that the overlay made, and that one is plain."""
         return any(made() is mask for made in self.plain)
+
+    def made(self, mask: Any) -> bool:
+        """Whether the overlay made this mask for the forward under way."""
+        return mask is not None and any(made() is mask for made in (*self.plain, *self.sound))
 
     def is_sound(self, mask: Any) -> bool:
         """Whether an attention call over a compressed cache lets its queries see all of it."""

@@ -25,11 +25,12 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lookm.cache import LookMCache, check_config
+from lookm.cache import LookMCache
 from lookm.errors import reason
 from lookm.media import Video
 from lookm.modality import cache_keyword
 from lookm.report import Report
+from lookm.supported import check_config
 
 CONFIG = "config.json"
 SECONDS_FOR_THE_HUB = 10

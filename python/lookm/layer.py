@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,18 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from lookm.forward import Forward
-from lookm.masks import causal_without_mask, hide_places, is_4d, stored_mask, visible
+from lookm.masks import (
+    causal_without_mask,
+    hide_places,
+    is_4d,
+    is_step_mask,
+    left_padding,
+    step_mask,
+    stored_mask,
+    visible,
+)
 from lookm.observe import offset_of, tag
-from lookm.own_attention import Held, attend, what_is_seen
+from lookm.own_attention import Held, attend, attend_to_buffers, what_is_seen
 from lookm.plan import Plan, Settings
 from lookm.reading import Reading
 from lookm.refusals import (
@@ -20,87 +31,48 @@ from lookm.refusals import (
     HIDES_MERGED,
     MASK_TOO_SHORT,
     MASKED_PAST,
-    NO_ASSISTANT,
-    NOT_CROPPABLE,
+    NOT_A_STEP,
     NOT_INTERCEPTED,
     SHOWS_PADDING,
     STORED_TWICE,
     TWICE,
 )
+from lookm.rows import StoringLayer, grown
+from lookm.store.fixed import Fixed
+from lookm.store.growing import Growing
 
 
-class LookMLayer(DynamicLayer):
-    """A DynamicLayer that holds K of a prompt's N tokens.
+class LookMLayer(StoringLayer):
+    """A layer that holds K of a prompt's N tokens (see StoringLayer)."""
 
-    keys, values [B, H, stored, D]; valid [B, stored] bool or None: stored places that are no padding (a shorter row has
-    empty places first); kept [B, H, k] int32: original positions of the first k stored places, -1 for an empty one;
-    media [B, <= seen] int8: the medium of each token seen (later ones are text); shown [B, <= seen] bool or None:
-    tokens that were no padding when they were read (later ones were not); seen: tokens read so far, padding included;
-    starts [B, <= seen] bool: tokens that begin an image right after another one; votes [B, H, k] float32 or None: how
-    many tokens each of the first k stored pairs stands for (later ones: 1), key_bias: their logarithm; evicted:
-    positions of the prompts of which a part was evicted.
-    """
-
-    keys: Any
-    values: Any
-    media: Any
-    starts: Any
-    scores: Any
-    is_croppable = False  # not as a whole: see crop
-    _row_tensors = (
-        "keys", "values", "valid", "kept", "media", "starts", "scores", "shown", "votes", "key_bias",
-    )  # fmt: skip
-
-    def __init__(self, settings: Settings, forward: Forward) -> None:
-        super().__init__()
-        self.settings, self.forward = settings, forward
-        self._clear()
-
-    def _clear(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.valid: Tensor | None = None
-        self.kept: Tensor | None = None
-        self.media = self.starts = self.scores = None
-        self.votes: Tensor | None = None
-        self.key_bias: Tensor | None = None
-        self.shown: Tensor | None = None
-        self.seen = 0
-        self.compressed = False
-        self.evicted: list[range] = []
-        self.pending = False
-        self.segment_start = 0
-        self.compressed_at = 0
+    def __init__(self, settings: Settings, forward: Forward, store: Growing) -> None:
+        self.settings = settings
+        super().__init__(forward, store)
 
     @property
-    def stored(self) -> int:
-        """Places in the cache now, empty ones included."""
-        return int(self.keys.shape[-2]) if self.is_initialized else 0
-
-    @property
-    def image(self) -> Any:
-        """[B, <= seen] bool: tokens that stand for an image, a video or audio; None before any was read."""
-        return None if self.media is None else self.media > 0
+    def is_compileable(self) -> bool:
+        """Whether generate may compile its decoding: nothing changes its size then."""
+        return isinstance(self.store, Fixed)
 
     @property
     def attends_by_itself(self) -> bool:
-        """Whether transformers' attention cannot do it: pairs have votes, or layers keep numbers of their own."""
-        return self.votes is not None or (self.settings.policy.uneven and bool(self.evicted))
+        """Whether transformers' attention cannot do it: votes, layers with numbers of their own, buffers not full."""
+        uneven = self.settings.policy.uneven and bool(self.evicted)
+        return self.votes is not None or uneven or self.store.settled
 
-    @property
-    def padding(self) -> Tensor | None:
-        """[B]: padding among the tokens seen; None where there is none."""
-        return None if self.shown is None else (~self.shown).sum(1)
+    def _slots_for(self, queries: int) -> Fixed | None:
+        """The store where the next tokens find slots in buffers that are attended to as they are."""
+        dense = queries == 1 or self.settings.later_turns == "dense"
+        return self.store if dense and isinstance(self.store, Fixed) and self.store.settled else None
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included: positions and slices of later inputs depend on it, not on what is stored."""
+    def get_seq_length(self) -> Any:
+        """Tokens seen, padding included: positions and slices of later inputs depend on it, not on what is stored.
+
+        An int; in a compiled graph over buffers of fixed size an int64 tensor.
+        """
+        if torch.compiler.is_compiling() and isinstance(self.store, Fixed) and self.store.settled:
+            return self.store.seen_in_graph()
         return self.seen
-
-    def get_max_length(self) -> int:
-        """-1: grows without limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.15
 
     # torch.compile cannot trace an int that carries a layer
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -118,18 +90,36 @@ class LookMLayer(DynamicLayer):
         given: Tensor | None = arguments.get("attention_mask")
         batch, queries = arguments["batch_size"], arguments["q_length"]
         visible_places, new = self._note_mask(given, queries)
+        store = self._slots_for(queries)
+        if store is not None:
+            store.make_room(queries)
+            store.follow_graphs(False)
+            if new is None and self.forward.hidden is None and (plain or self._sees_all(make, arguments, queries)):
+                store.follow_graphs(True)
+                self.forward.note(made := step_mask(queries, arguments.get("device")), True, True)
+                return made
         if self.compressed:
             unmasked = visible_places is None and new is None
             offset = self.seen - self.stored
             given = None if unmasked else stored_mask(visible_places, new, offset, self.stored, batch, queries)
         mask = make(**arguments | {"attention_mask": given})
-        sound = plain or self.stored == self.seen or not is_4d(mask)
-        if not sound:
-            past = visible(mask, "", queries, self.stored + queries)[..., : self.stored]
-            expected = past.new_ones(()) if visible_places is None else visible_places[:, None, None]
-            sound = bool((past == expected).all())
+        if self.is_compileable and isinstance(mask, Tensor):
+            # generate would make it so, and it could not be told from others then
+            mask = mask.contiguous()
+        sound = plain or self.stored == self.seen or self._shows(mask, queries, visible_places)
         self.forward.note(mask, plain, sound)
         return mask
+
+    def _sees_all(self, make: Callable[..., Any], arguments: dict[str, Any], queries: int) -> bool:
+        """Whether a mask function that is not causal alone lets one new token see all that is stored."""
+        return queries == 1 and self._shows(make(**arguments | {"attention_mask": None}), queries, None)
+
+    def _shows(self, mask: Any, queries: int, places: Tensor | None) -> bool:
+        """Whether a mask lets every new token see the places [B, stored] of what is stored, and no other; None: all."""
+        if not is_4d(mask):
+            return True
+        past = visible(mask, "", queries, self.stored + queries)[..., : self.stored]
+        return bool((past == (past.new_ones(()) if places is None else places[:, None, None])).all())
 
     def _note_mask(self, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
         """Which stored places and which of the new tokens a 2D mask shows: [B, stored] and [B, q] bool, None for all.
@@ -171,57 +161,46 @@ class LookMLayer(DynamicLayer):
         if reaches or self.attends_by_itself:
             self.forward.hidden = hidden
             return self.valid
-        places = self._places_of(hidden)[:, 0]
+        places = self.places_of(hidden)[:, 0]
         self.forward.hidden_places = places
         return ~places if self.valid is None else self.valid & ~places
 
-    def _places_of(self, tokens: Tensor) -> Tensor:
-        """[B, H, stored] bool: the places that hold one of the tokens [B, <= seen] bool."""
-        positions = self.kept_positions()
-        tokens = torch.nn.functional.pad(tokens.to(positions.device), (0, self.seen - tokens.shape[1]))
-        held = tokens[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
-        return held & (positions >= 0)
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values [B, H, q, D]; while a prompt is read, the keys returned lead to `attend`."""
+        new = key_states.shape[-2]
+        slots = self._slots_for(new) if torch.compiler.is_compiling() else None
+        if slots is not None and slots.steps.steady:
+            keys, values, end = slots.append_in_graph(key_states, value_states)
+            return tag(keys, functools.partial(self.attend_in_graph, slots, end)), values
         if self.pending:
             raise NotImplementedError(NOT_INTERCEPTED)
         if self.forward.model is not None and self.seen > self.forward.begun_at:
             raise NotImplementedError(STORED_TWICE)
-        new = key_states.shape[-2]
         reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
-        self._note_padding(self.forward.valid_at(self.seen, new), key_states)
+        padded = self.forward.valid_at(self.seen, new)
+        self.note_padding(padded, key_states)
         if reading or new > 1:
-            self.media = _grown(self.media, self.forward.media_at(self.seen, key_states), self.seen, 0)
-            self.starts = _grown(self.starts, self.forward.starts_at(self.seen, key_states), self.seen, 0)
-        if self.is_initialized:
-            self.keys = torch.cat([self.keys, key_states], dim=-2)
-            self.values = torch.cat([self.values, value_states], dim=-2)
-        else:
+            self.media = grown(self.media, self.forward.media_at(self.seen, key_states), self.seen, 0)
+            self.starts = grown(self.starts, self.forward.starts_at(self.seen, key_states), self.seen, 0)
+        if not self.is_initialized:
             if value_states.dtype != key_states.dtype:
                 # as DynamicLayer holds them, which changed in transformers 5.24
                 plain = DynamicLayer()
                 plain.lazy_initialization(key_states, value_states)
                 value_states = value_states.to(torch.promote_types(plain.values.dtype, value_states.dtype))
-            self.keys, self.values = key_states, value_states
             self.device = key_states.device
             self.is_initialized = True
+        self.store.append(key_states, value_states, reading)
         self.seen += new
         if not reading:
+            if padded is not None:
+                self._note_places()
             unusual = self.attends_by_itself or (self.forward.masks(self.seen - new, new) and self.forward.unusual)
             return tag(self.keys, self.follow) if unusual else self.keys, self.values
         if self.compressed:
             self.compressed, self.segment_start = False, self.stored - new
         self.pending = True
         return tag(self.keys, self.attend), self.values
-
-    def _note_padding(self, valid: Tensor | None, keys: Tensor) -> None:
-        if valid is None and self.valid is None:
-            return
-        new = keys.new_ones(keys.shape[0], keys.shape[-2], dtype=torch.bool) if valid is None else valid.to(keys.device)
-        self.valid = _grown(self.valid, new, self.stored, 1)
-        if valid is not None:
-            self.shown = _grown(self.shown, new, self.seen, 1)
 
     # a compiled model calls it as it is: it decides by numbers of the host
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -248,7 +227,7 @@ class LookMLayer(DynamicLayer):
         plan = reading.plan(mask, implementation, queries, remaining)
         if reading.masked_by_user(mask, queries) and plan.valid is not None:
             self.valid, new = plan.valid, plan.valid[:, -queries:]
-            self.shown = _grown(self.shown, new, self.seen - queries, 1)
+            self.shown = grown(self.shown, new, self.seen - queries, 1)
         output, scores = reading.attend(plan, inner, implementation, module, query, key, value, mask, *args, **kwargs)
         if scores is not None and self.scores is not None:
             scores = scores + torch.nn.functional.pad(self.scores, (0, scores.shape[-1] - self.scores.shape[-1]))
@@ -263,6 +242,8 @@ class LookMLayer(DynamicLayer):
         mask: Any, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Called by the attention overlay over what was compressed before, where that is not the model's own affair."""
+        if isinstance(self.store, Fixed) and is_step_mask(mask):
+            return attend_to_buffers(self.store, self.store.end(), query, kwargs), None
         mask = self._follow(implementation, module, query, mask, kwargs)
         if not self.attends_by_itself:
             return inner(module, query, key, value, mask, *args, **kwargs)
@@ -270,10 +251,21 @@ class LookMLayer(DynamicLayer):
         seen = what_is_seen(held, self.forward, self.seen, implementation, module, query, mask, kwargs)
         return attend(held, query, seen, kwargs)[0], None
 
+    def attend_in_graph(
+        self, store: Fixed, end: Tensor, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor,
+        key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Called by the attention overlay in a compiled graph; end [B] int32: places in use, the new ones included."""
+        if not is_step_mask(mask):
+            raise NotImplementedError(NOT_A_STEP)
+        if store.counts:
+            store.count_in_graph(query.shape[2])
+        return attend_to_buffers(store, end, query, kwargs), None
+
     def _held(self) -> Held:
         hidden = self.forward.hidden
         return Held(
-            self.keys, self.values, self.valid, None if hidden is None else self._places_of(hidden), self.key_bias
+            self.keys, self.values, self.valid, None if hidden is None else self.places_of(hidden), self.key_bias
         )
 
     def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
@@ -286,7 +278,7 @@ class LookMLayer(DynamicLayer):
         if self.forward.hidden is None or self.attends_by_itself:
             return mask
         causal = causal_without_mask(implementation, module, arguments.get("is_causal"))
-        return hide_places(mask, self._places_of(self.forward.hidden), implementation, query, causal)
+        return hide_places(mask, self.places_of(self.forward.hidden), implementation, query, causal)
 
     def _compress(self, reading: Reading, plan: Plan) -> None:
         """Replace the prompt, or the segment, by what its budget keeps, in a buffer of its own size."""
@@ -294,12 +286,14 @@ class LookMLayer(DynamicLayer):
         first_position = self.seen - (self.stored - self.segment_start)
         self.valid = plan.stored_valid
         if plan.evicts:
-            stays = reading.compress(plan, self.scores)
-            self.keys, self.values, self.valid = stays.keys, stays.values, stays.valid
+            stays = reading.compress(plan, self.scores, self.store.room)
+            self.store.keep(stays.keys, stays.values)
+            self.valid = stays.valid
             kept = torch.where(stays.kept < 0, -1, stays.kept + first_position)
-            self._add_votes(stays.votes)
+            self.add_votes(stays.votes)
             self.evicted = [*self.evicted, range(first_position, self.seen)]
         else:
+            self.store.keep(self.keys, self.values)
             positions = torch.arange(first_position, self.seen, dtype=torch.int32, device=self.keys.device)
             kept = positions.expand(*self.keys.shape[:2], -1)
             if plan.prompt.valid is not None:
@@ -307,93 +301,12 @@ class LookMLayer(DynamicLayer):
         self.kept = torch.cat([before, kept], 2)
         self.scores = None
         self.compressed, self.compressed_at = True, self.seen
+        self._note_places()
 
-    def _add_votes(self, votes: Tensor | None) -> None:
-        """Votes of the last places; those before it that have none stand for one token each."""
-        if votes is None:
-            return
-        all_votes = votes.new_ones(*votes.shape[:2], self.stored)
-        if self.votes is not None:
-            all_votes[:, :, : self.votes.shape[2]] = self.votes
-        all_votes[:, :, self.stored - votes.shape[2] :] = votes
-        self.votes = all_votes
-        self.key_bias = self.votes.log()
-
-    def kept_positions(self) -> Tensor:
-        """[B, H, stored] int32: the original position of every stored place, -1 for an empty one."""
-        known = 0 if self.kept is None else self.kept.shape[2]
-        tail = torch.arange(
-            self.seen - (self.stored - known), self.seen, dtype=torch.int32, device=self.keys.device
-        ).expand(*self.keys.shape[:2], -1)
-        if self.valid is not None:
-            tail = tail.masked_fill(~self.valid[:, None, known:], -1)
-        return tail.contiguous() if self.kept is None else torch.cat([self.kept, tail], 2)
-
-    def reset(self) -> None:
-        """Forget everything, and what the last forward said."""
-        self._clear()
-        self.forward.reset()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens (a negative number of them; a positive final length before transformers 5.18).
-
-        RuntimeError where that reaches into the compressed prompt: what was merged cannot be taken apart.
-        """
-        removed = self.check_crop(tokens_to_remove)
-        if removed == 0:
-            return
-        end = self.seen - removed
-        self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
-        self.valid = None if self.valid is None else self.valid[:, :-removed]
-        self.shown = None if self.shown is None else self.shown[:, :end]
-        self.media = None if self.media is None else self.media[:, :end]
-        self.starts = None if self.starts is None else self.starts[:, :end]
-        self.seen = end
-        self.forward.shared.clear()
-
-    def check_crop(self, tokens_to_remove: int) -> int:
-        """How many tokens a crop drops. RuntimeError where it may not."""
-        removed = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if removed <= 0 or not self.is_initialized:
-            return 0
-        end = self.seen - removed
-        if not self.compressed or end < self.compressed_at:
-            floor = self.compressed_at if self.compressed else self.seen
-            raise RuntimeError(NOT_CROPPABLE.format(floor=floor, end=end))
-        return removed
-
-    def activate_past_recording(self) -> None:
-        """NotImplementedError: transformers calls this for assisted decoding."""
-        raise NotImplementedError(NO_ASSISTANT)
-
-    def offload(self) -> None:
-        """NotImplementedError: the compressed cache stays on its device."""
-        raise NotImplementedError("lookm: offloading is not supported; what is left of the cache stays on its device")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of beam_idx [B]."""
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows `indices`."""
-        self._map_rows(lambda rows: rows[indices, ...])
-
-    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.forward.tokens = None
-        for name in self._row_tensors:
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, change(rows))
-        self.forward.shared.clear()
-
-
-def _grown(known: Tensor | None, new: Tensor, before: int, fill: int) -> Tensor:
-    """What is known [B, <= before] of earlier tokens, `fill` for the rest, then the new ones: [B, before + q]."""
-    grown = torch.cat([new.new_full((new.shape[0], before), fill), new], 1)
-    if known is not None:
-        grown[:, : known.shape[1]] = known
-    return grown
+    def _note_places(self) -> None:
+        """Tell the store what it cannot know of its places."""
+        valid = self.valid
+        start = (
+            None if valid is None else self.forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
+        )
+        self.store.note(self.seen, valid, start, self.key_bias)

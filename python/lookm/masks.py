@@ -34,6 +34,19 @@ def stored_mask(valid: Tensor | None, new: Tensor | None, offset: int, stored: i
     return mask
 
 
+def step_mask(queries: int, device: torch.device | None) -> Tensor:
+    """What stands for a mask where a cache of fixed size knows all there is to know: 4D, so that nobody makes another.
+
+    [1, 1, q, 0]: no column is built or read, and its shape does not change from step to step.
+    """
+    return torch.ones(1, 1, queries, 0, dtype=torch.bool, device=device)
+
+
+def is_step_mask(mask: Any) -> bool:
+    """Whether this is a step_mask."""
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] == 0
+
+
 def is_4d(mask: Any) -> bool:
     """Whether an attention call got a mask per query and key, rather than none or a padding mask."""
     return isinstance(mask, (Tensor, BlockMask)) and len(mask.shape) == 4

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 import lookm_kernels
 from lookm.forward import Forward
 from lookm.masks import causal_without_mask, is_4d, left_padding, padding_mask, visible
+from lookm.store.fixed import Fixed
 
 DROPOUT = "lookm: attention with dropout ({}) over pairs with votes is not supported: call model.eval()"
 WIDTH = (
@@ -92,3 +93,19 @@ def attend(held: Held, query: Tensor, seen: dict[str, Any], arguments: dict[str,
         **seen,
     )
     return output.transpose(1, 2).contiguous(), lse
+
+
+def attend_to_buffers(store: Fixed, end: Tensor, query: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The output [B, M, Hq, D] for the last M of `end` [B] int32 places in use: no mask, no number of the host."""
+    if arguments.get("dropout"):
+        raise NotImplementedError(DROPOUT.format(arguments["dropout"]))
+    output = lookm_kernels.kept_attention(
+        query,
+        *store.buffers,
+        key_bias=store.key_bias,
+        key_start=store.key_start,
+        key_end=end,
+        scale=arguments.get("scaling"),
+        softcap=arguments.get("softcap"),
+    )
+    return output.transpose(1, 2).contiguous()

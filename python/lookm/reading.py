@@ -192,8 +192,11 @@ class Reading:
         return with_keep(plan, ledger.take(wanted, plan.lengths), self.settings.policy)
 
     @torch.no_grad()
-    def compress(self, plan: Plan, sums: Tensor) -> Compressed:
-        """What stays of the prompt, in memory of its own. sums [B, any, N]: of Policy.score over all its queries."""
+    def compress(self, plan: Plan, sums: Tensor, room: Callable[[int, int], tuple[Tensor, Tensor]]) -> Compressed:
+        """What stays of the prompt, in the memory that `room` gives (see lookm.store.growing.Growing.room).
+
+        sums [B, any, N]: of Policy.score over all its queries.
+        """
         policy = self.settings.policy
         key, value = (rows.detach() for rows in (self.keys, self.values))
         whole_prompt = key[:, :, self.start :], value[:, :, self.start :]
@@ -205,12 +208,9 @@ class Reading:
         levels, merging = policy.levels(pairs), policy.merging(pairs)
         scores = pairs.scores if levels is None else with_levels(pairs.scores, levels)
         size = max(plan.prompt.keep)
-        whole, stays = [], []
-        for rows in (key, value):
-            whole.append(rows if rows.stride(-1) == 1 else rows.contiguous())
-            stays.append(rows.new_empty((*rows.shape[:2], self.start + size, rows.shape[3])))
-            stays[-1][:, :, : self.start] = rows[:, :, : self.start]
+        whole = [rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (key, value)]
         # not in place: the model may still use its own, and a backward pass will
+        stays = room(self.start, size)
         keys, values, out_key, out_value = (rows[:, :, self.start :] for rows in (*whole, *stays))
         votes = key.new_empty((*key.shape[:2], size), dtype=torch.float32) if policy.votes else None
         kept = lookm_kernels.compress_(

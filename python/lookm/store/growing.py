@@ -1,0 +1,69 @@
+"""Pairs in tensors of just their number: every step copies them into new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Growing:
+    """keys, values [B, H, stored, D]; None before the first pair.
+
+    settled: whether the pairs lie in buffers of fixed size: never here.
+    """
+
+    settled = False
+
+    def __init__(self) -> None:
+        self.keys: Any = None
+        self.values: Any = None
+
+    @property
+    def in_graphs(self) -> int:
+        """Tokens stored by compiled graphs, which the host has not counted itself: none here."""
+        return 0
+
+    @property
+    def stored(self) -> int:
+        """Places in use."""
+        return 0 if self.keys is None else int(self.keys.shape[-2])
+
+    def make_room(self, queries: int) -> None:
+        """Before a forward of so many tokens: there is always room."""
+
+    def append(self, keys: Tensor, values: Tensor, reading: bool) -> None:
+        """New pairs [B, H, q, D] behind the others; reading: they belong to a prompt that is compressed later."""
+        if self.keys is not None:
+            keys, values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+        self.keys, self.values = keys, values
+
+    def room(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Memory of its own for `start + size` pairs [B, H, *, D]; the first `start` are those that are stored."""
+        made = []
+        for rows in (self.keys, self.values):
+            made.append(rows.new_empty((*rows.shape[:2], start + size, rows.shape[3])))
+            made[-1][:, :, :start] = rows[:, :, :start].detach()
+        return made[0], made[1]
+
+    def keep(self, keys: Tensor, values: Tensor) -> None:
+        """From now on these are stored: what `room` gave, filled, or all that was stored before."""
+        self.keys, self.values = keys, values
+
+    def note(self, seen: int, valid: Tensor | None, start: Tensor | None, key_bias: Tensor | None) -> None:
+        """What the layer knows of its places, where the store is attended to as it is (see Fixed.note): not here."""
+
+    def drop(self, removed: int) -> None:
+        """Forget the last pairs."""
+        self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor [B, ...] by change(tensor)."""
+        if self.keys is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def clear(self) -> None:
+        """Nothing is stored."""
+        self.keys = self.values = None
