@@ -33,6 +33,7 @@ from lookm.modality import (
     tokens_of,
 )
 from lookm.observe import install, over_generate
+from lookm.parallel import check_policy
 from lookm.plan import Settings
 from lookm.policy import Policy, is_count, resolve_policy
 from lookm.refusals import NO_ASSISTANT, NOT_INTERCEPTED
@@ -144,6 +145,7 @@ class LookMCache(DynamicCache):
             got = f"{image_mask.dtype} {list(image_mask.shape)}" if is_tensor else type(image_mask).__name__
             raise ValueError(f"`image_mask` must be a bool tensor [batch, tokens], got {got}")
         chosen = resolve_policy(DEFAULT_POLICY if policy is None else policy, options)
+        check_policy(outermost(model), chosen)
         default = DEFAULT_BUDGET if important is None and recent is None else None
         budgeted = parse_budget(default if budget is None else budget, important, recent)
         if recent is not None and "recent_share" in options:

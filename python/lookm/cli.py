@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lookm.errors import check_torchvision, reason
+from lookm.parallel import leave, one_process, processes, rank, shared_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +46,9 @@ def one_line_errors() -> Iterator[None]:
         foreseen = isinstance(error, NotImplementedError) or type(error).__name__ == "OutOfMemoryError"
         if isinstance(error, RuntimeError) and not foreseen:
             raise
-        typer.echo(f"error: {reason(error)}", err=True)
+        # torchrun ends the others with the first process that fails: each says by itself why
+        whose = f"process {rank()}: " if rank() else ""
+        typer.echo(f"{whose}error: {reason(error)}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -90,6 +93,7 @@ def demo(
 ) -> None:
     """Ask a small trained model about pictures, with the full cache and with a compressed one, and compare policies."""
     with one_line_errors():
+        one_process("demo")
         check_torchvision()
         from lookm.demo.show import run
         from lookm.policy import resolve_policy
@@ -144,7 +148,7 @@ class Session:
         from lookm.generate import load_checkpoint
 
         logging.set_verbosity_error()
-        if not (progress and sys.stderr.isatty()):
+        if rank() or not (progress and sys.stderr.isatty()):
             logging.disable_progress_bar()
         videos = [open_video(path, self.frames) for path in self.video or ()]
         return load_checkpoint(self.model), images, videos
@@ -168,7 +172,7 @@ class Session:
         """The typed sampling."""
         from lookm.generate import Sampling
 
-        return Sampling(self.temperature, self.top_p, self.top_k, self.seed)
+        return Sampling(self.temperature, self.top_p, self.top_k, shared_seed(self.seed))
 
 
 def with_session(command: Callable[..., None]) -> Callable[..., None]:
@@ -197,7 +201,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: text, speed, report.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="The answer alone.")] = False,
 ) -> None:
-    """Answer a prompt about images with any supported checkpoint, on a compressed cache."""
+    """Answer a prompt about images with any supported checkpoint, on a compressed cache; in parts under torchrun."""
     checkpoint, images, videos = session.open(progress=not (quiet or as_json))
     from lookm.generate import answer, build_inputs, video_arguments
 
@@ -209,21 +213,25 @@ def generate(
         cache = session.cache(model, full=name != "lookm")
         result = answer(model, checkpoint.processor, inputs, cache, session.max_new_tokens, session.sampling)
         answers[name] = result.to_dict()
-        if as_json:
+        if as_json or rank():
             continue
         typer.echo(f"{name}: {result.text}" if compare else result.text)
         if not quiet:
             speed = f"{result.tokens} tokens in {result.seconds:.1f} s, {result.tokens_per_second:.1f} tokens/s"
-            typer.echo(f"{speed}, the prompt's reading included\n{result.report}", err=True)
-    if as_json:
+            part = f"; the cache of one of {processes()} processes" if processes() > 1 else ""
+            typer.echo(f"{speed}, the prompt's reading included{part}\n{result.report}", err=True)
+    if as_json and not rank():
         whole = {"full_cache": answers["full cache"]} if compare else {}
         typer.echo(json.dumps(answers["lookm"] | whole))
+    if processes() > 1:
+        leave()
 
 
 @app.command()
 @with_session
 def chat(session: Session) -> None:
     """Talk with a checkpoint about images, on one compressed cache; Ctrl-C ends an answer, /quit the talk."""
+    one_process("chat")
     checkpoint, images, videos = session.open()
     from lookm.chat import chat
 

@@ -29,6 +29,7 @@ from lookm.cache import LookMCache
 from lookm.errors import reason
 from lookm.media import Video
 from lookm.modality import cache_keyword
+from lookm.parallel import checked_split, own_gpu, processes
 from lookm.report import Report
 from lookm.supported import check_config
 
@@ -97,9 +98,14 @@ class Checkpoint:
         return _sees(self.config)
 
     def load_model(self, device: str = "auto", dtype: str = "auto") -> Any:
-        """The model in evaluation mode; ValueError when it, the device or the dtype is not there."""
+        """The model in evaluation mode, under torchrun this process's part of it.
+
+        ValueError when it, the device or the dtype is not there, and under torchrun for a model that cannot be split.
+        """
+        kind = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
+        split = {} if processes() == 1 else checked_split(self.name, kind, self.config, device)
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = own_gpu() if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -107,9 +113,9 @@ class Checkpoint:
         wanted = "auto" if dtype == "auto" else getattr(torch, dtype, None)
         if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
             raise ValueError(f"`dtype` must be auto, float32, bfloat16 or float16, got {dtype!r}")
-        kind = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
         with loading(self.name):
-            return kind.from_pretrained(self.name, dtype=wanted, **self.where).to(device).eval()
+            model = kind.from_pretrained(self.name, dtype=wanted, **split, **self.where).eval()
+            return model if split else model.to(device)
 
     def message(self, text: str, images: Sequence[Image] = (), videos: Sequence[Video] = ()) -> dict[str, Any]:
         """One user turn: all images in order, then the videos, then the text.

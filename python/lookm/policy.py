@@ -70,7 +70,8 @@ class Policy:
     grid: share of the image budget, 0 to 1, that goes first to an even grid over every image.
     visit_power: scores are divided by the number of queries that can see the token, to this power: 0 as they are, 1
         mean attention (RoCo, arXiv 2402.06262), 0.5 in between.
-    evicts, looks: a class may say that it evicts nothing, or that its scores need no attention.
+    evicts, looks, by_head: a class may say that it evicts nothing, that its scores need no attention, or that it does
+        not judge each head by itself: under tensor parallelism, where a process has some of them, it is refused.
     ValueError for a value outside of what is said here.
     """
 
@@ -94,6 +95,7 @@ class Policy:
     visit_power: float = 0.0
     evicts: ClassVar[bool] = True
     looks: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, good, expected in (

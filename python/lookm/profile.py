@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ class _Note(Policy):
 
     cover: float = 0.9
     noted: list[float] = field(default_factory=list)
+    by_head: ClassVar[bool] = False
 
     def take(self, pairs: Pairs, left: Sequence[int], layers: int) -> Sequence[int]:
         counts = needed(pairs.scores, self.cover)

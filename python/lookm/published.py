@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class MadaKV(Policy):
 
     window: int = 32
     cover: float = 0.9
+    by_head: ClassVar[bool] = False
 
     def query_weight(self, prompt: Prompt) -> Tensor:
         """The last queries alone."""
@@ -102,6 +104,7 @@ class VLCache(Policy):
 
     window: int = 64
     threshold: float = 0.01
+    by_head: ClassVar[bool] = False
 
     def query_weight(self, prompt: Prompt) -> Tensor:
         """The text among the last `window` tokens, and the very last token: so is a prompt that comes in chunks."""
@@ -150,6 +153,7 @@ class FlowMM(Policy):
     """
 
     crossing: float = 0.25
+    by_head: ClassVar[bool] = False
 
     def score(self, attention: Attention) -> Tensor:
         """Attention received from text and from images, side by side."""
