@@ -29,10 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
     "ordinary": {},
     "whole": {"budget": 1.0, "policy": "auto"},
     "tokens": {"budget": 20, "policy": "auto"},
+    "fixed": {"budget": 0.3, "policy": "auto", "max_new_tokens": 12},
     **{name: {"budget": 0.3, "policy": name} for name in BY_HEAD},
 }
 PER_PROCESS = {"bytes": {"budget": "20KiB", "policy": "auto"}}
 REFUSED = {name: {"policy": name} for name, policy in POLICIES.items() if not policy.by_head}
+REFUSED["gate"] = {"policy": "lookm", "gate": "mean_similarity"}
 ON_GPU = pytest.param(("cuda", "llava"), marks=pytest.mark.gpu)
 
 
@@ -104,8 +106,9 @@ def test_bytes_are_those_of_a_process(found: tuple[str, str, list[dict[str, Any]
 
 @pytest.mark.parametrize("policy", REFUSED)
 def test_what_needs_all_heads_is_refused(found: tuple[str, str, list[dict[str, Any]]], policy: str) -> None:
+    what = "gate 'mean_similarity'" if policy == "gate" else f"policy {type(POLICIES[policy]).__name__}"
     for rank in found[2]:
-        assert f"{type(POLICIES[policy]).__name__} looks at all heads" in rank[policy]["refused"]
+        assert f"{what} looks at all heads" in rank[policy]["refused"]
 
 
 def test_sampling_starts_from_one_seed(found: tuple[str, str, list[dict[str, Any]]]) -> None:

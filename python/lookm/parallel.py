@@ -20,7 +20,7 @@ NO_PLAN = (
     "plan for its attention, and each would hold the whole cache; run it in one process"
 )
 NOT_BY_HEAD = (
-    "lookm: policy {policy} looks at all heads of a layer together, and under tensor parallelism a process has only "
+    "lookm: {what} looks at all heads of a layer together, and under tensor parallelism a process has only "
     "some of them: not supported"
 )
 
@@ -80,8 +80,11 @@ def checked_split(name: str, kind: Any, config: Any, device: str) -> dict[str, A
 
 def check_policy(model: Any, policy: Policy) -> None:
     """NotImplementedError where a model is split and the policy would need the heads of the other processes."""
-    if not policy.by_head and (getattr(model, "tp_size", None) or 1) > 1:
-        raise NotImplementedError(NOT_BY_HEAD.format(policy=type(policy).__name__))
+    if (getattr(model, "tp_size", None) or 1) == 1:
+        return
+    if policy.gate is not None or not policy.by_head:
+        what = f"policy {type(policy).__name__}" if policy.gate is None else f"gate {policy.gate!r}"
+        raise NotImplementedError(NOT_BY_HEAD.format(what=what))
 
 
 def shared_seed(seed: int | None) -> int | None:
