@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lookm_kernels._ambient import whole_products
 from lookm_kernels._checks import accumulation_dtype
@@ -77,6 +78,8 @@ def _attend(
     """
     (heads, queries, width), (kv_heads, tokens, _) = query.shape, key.shape
     dtype = accumulation_dtype(query.dtype)
+    if queries == 1 and mask is None and softcap is None and query.device.type == "cpu":
+        return _attend_fused(query, key, value, bias, scale)
     # the queries of all heads of a KV head are rows of one product: no key is expanded
     packed = query.to(dtype).reshape(kv_heads, -1, width)
     parts = [torch.baddbmm(packed.new_empty(()), packed, part.mT, beta=0, alpha=scale) for part in _parts(key, dtype)]
@@ -104,6 +107,30 @@ def _attend(
         begin += part.shape[1]
     out.div_(total.masked_fill(total == 0, 1.0))
     return out.view(heads, queries, -1), top.add_(total.log()).view(heads, queries)
+
+
+def _attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """_attend for one query, in torch's own kernel for a CPU, which reads keys and values once and as they are."""
+    (heads, _, width), kv_heads = query.shape, key.shape[0]
+    # the heads of a group are the queries of one head: no key is expanded
+    packed = query.reshape(1, kv_heads, -1, width)
+    value_width = value.shape[2]
+    if value_width != width:
+        packed, key, value = (pad(x, (0, max(value_width, width) - x.shape[-1])) for x in (packed, key, value))
+    added = None
+    if bias is not None:
+        added = pad(bias, (0, key.shape[1] - bias.shape[1]))[None, :, None].expand(-1, -1, packed.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        packed, key[None], value[None], attn_mask=added, scale=scale
+    )
+    out, lse = out.reshape(heads, 1, -1)[..., :value_width], lse.reshape(heads, 1)
+    if bias is not None:
+        # where every key is hidden it has no number
+        blind = (added.amax(-1) == float("-inf")).reshape(heads, 1)
+        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
+    return out, lse
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ class Attention:
     query_weight: [B, M] float32, how much each query counts (Policy.query_weight), 0 for padding; None: all 1.
     picked: [B, M'] int32, those of the M queries with a weight, ascending, -1 (first) for an empty place; None for all.
     fp8: score on 8-bit floats.
+    votes [B, H, N] float32: tokens that each key stands for, which lse counts too; None: one each.
     The other fields are the arguments of lookm_kernels.attention_scores; a mask beside causal hides padding, nothing
     else. The prompt is the last prompt.image.shape[1] of the N tokens: earlier ones belong to turns that were
     compressed before.
@@ -36,6 +37,7 @@ class Attention:
     query_weight: Tensor | None = None
     picked: Tensor | None = None
     fp8: bool = False
+    votes: Tensor | None = None
 
     def column_sums(self, weights: Tensor | None = None) -> Tensor:
         """[B, H, prompt tokens] float32: attention received from this chunk's queries, each counting its weight.
@@ -73,6 +75,8 @@ class Attention:
             query_position=position,
             head_scale=head_scale,
         )
+        if self.votes is not None:
+            scores = scores * (self.votes if scores.ndim == 3 else self.votes[:, None])
         return scores[..., -tokens:]
 
     def visits(self) -> Tensor:

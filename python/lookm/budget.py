@@ -54,6 +54,12 @@ class Budget:
         sinks = min(policy.sinks, keep // 2)
         return keep, min(_share(policy.recent_share, keep), keep - sinks), sinks
 
+    def limit(self, keep: int, bytes_per_token: int) -> int:
+        """What a row may hold in all, however long it gets, where `keep` tokens of its prompt stayed."""
+        if self.bytes is not None:
+            return self.bytes // bytes_per_token
+        return max(keep, self.tokens or 0)
+
 
 def _share(fraction: float, of: int) -> int:
     # through the decimal digits: 0.29 of 100 is 29, though 0.29 * 100 is 28.999...

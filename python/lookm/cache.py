@@ -13,8 +13,6 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticSlidingWindowLayer,
 )
 
 from lookm import published as _registers_the_policies  # noqa: F401
@@ -41,11 +39,13 @@ from lookm.report import Report, layer_report
 from lookm.segments import item_starts
 from lookm.store.fixed import Fixed, Steps
 from lookm.store.growing import Growing
-from lookm.supported import check_config, check_masks
+from lookm.supported import check_config, check_masks, of_fixed_size
+from lookm.window import check_by_head
 
 DEFAULT_BUDGET = 0.2
 DEFAULT_POLICY = "auto"
 LATER_TURNS = ("dense", "segment")
+GENERATED = ("whole", "window")
 WHEN_FULL = ("raise", "double")
 MORE_PROMPT = (
     "lookm: the first {first} tokens were compressed as the whole prompt, and {more} more follow. If they are the rest "
@@ -95,6 +95,10 @@ class LookMCache(DynamicCache):
             and `generate` compiles decoding into one graph where it compiles at all (on GPUs, unless disable_compile
             is set). None (default): the cache grows, and every step copies it.
         when_full: "raise" (default), a ValueError before anything is overwritten, or "double", twice as many slots.
+        generated: what becomes of an answer: "whole" (default), it stays and the cache grows; "window", everything that
+            is stored is compressed to the budget again whenever `compress_every` more tokens came, by the attention
+            that all tokens paid, and likewise after a later turn: one budget for the whole conversation, of which the
+            cache never holds more than compress_every tokens above. A fraction is that of the first prompt.
         image_mask: bool [B, tokens], image, video and audio tokens, where the model's inputs cannot tell (features
             merged into inputs_embeds beforehand, or an inner model called directly); the report calls them images.
         important, recent: two fractions instead of `budget`, each rounded down, as in the authors' code.
@@ -118,6 +122,8 @@ class LookMCache(DynamicCache):
         later_turns: str | None = None,
         max_new_tokens: int | None = None,
         when_full: str = "raise",
+        generated: str = "whole",
+        compress_every: int = 256,
         image_mask: Tensor | None = None,
         important: float | None = None,
         recent: float | None = None,
@@ -130,16 +136,27 @@ class LookMCache(DynamicCache):
             raise NotImplementedError(
                 f"lookm: transformers makes no DynamicCache for {config.model_type}: {error}"
             ) from error
-        if later_turns is not None and later_turns not in LATER_TURNS:
-            raise ValueError(f"`later_turns` must be one of {LATER_TURNS}, got {later_turns!r}")
-        if prompt_length is not None and not (is_count(prompt_length) and prompt_length >= 1):
-            raise ValueError(f"`prompt_length` must be a number of tokens, 1 or more, got {prompt_length!r}")
-        if max_new_tokens is not None and not (is_count(max_new_tokens) and max_new_tokens >= 1):
-            raise ValueError(f"`max_new_tokens` must be a number of tokens, 1 or more, got {max_new_tokens!r}")
-        if when_full not in WHEN_FULL:
-            raise ValueError(f"`when_full` must be one of {WHEN_FULL}, got {when_full!r}")
+        for name, value, accepted in (
+            ("later_turns", later_turns, (None, *LATER_TURNS)),
+            ("when_full", when_full, WHEN_FULL),
+            ("generated", generated, GENERATED),
+        ):
+            if value not in accepted:
+                raise ValueError(f"`{name}` must be one of {tuple(filter(None, accepted))}, got {value!r}")
+        for name, count in (
+            ("prompt_length", prompt_length),
+            ("max_new_tokens", max_new_tokens),
+            ("compress_every", compress_every),
+        ):
+            if count is not None and not (is_count(count) and count >= 1):
+                raise ValueError(f"`{name}` must be a number of tokens, 1 or more, got {count!r}")
         if when_full == "double" and max_new_tokens is None:
             raise ValueError("`when_full` is for a cache of fixed size: give `max_new_tokens` too")
+        streams = generated == "window"
+        if streams and later_turns == "dense":
+            raise ValueError("`later_turns` must be 'segment' with generated='window', got 'dense'")
+        if streams and max_new_tokens is not None:
+            raise ValueError("`max_new_tokens` must not be given with generated='window', whose size changes")
         is_tensor = isinstance(image_mask, Tensor)
         if image_mask is not None and not (is_tensor and image_mask.ndim == 2 and image_mask.dtype == torch.bool):
             got = f"{image_mask.dtype} {list(image_mask.shape)}" if is_tensor else type(image_mask).__name__
@@ -150,7 +167,9 @@ class LookMCache(DynamicCache):
         budgeted = parse_budget(default if budget is None else budget, important, recent)
         if recent is not None and "recent_share" in options:
             raise ValueError("`recent_share` and `recent` both say how much stays recent: give one of them")
-        if budgeted.bytes is not None and later_turns == "segment":
+        if streams:
+            check_by_head(chosen)
+        if budgeted.bytes is not None and later_turns == "segment" and not streams:
             raise ValueError(f"`budget` must be a fraction or tokens with later_turns='segment', got {budget!r}")
         if not chosen.evicts:
             budgeted = Budget(fraction=1.0)
@@ -158,16 +177,19 @@ class LookMCache(DynamicCache):
         if not any(compressible):
             raise NotImplementedError("lookm: this model has no full-attention layer to compress")
         check_masks(outermost(model).config.model_type, self.layers)
-        settings = Settings(chosen, budgeted, later_turns or "dense", sum(compressible))
+        later = "segment" if streams else later_turns or "dense"
+        settings = Settings(
+            chosen, budgeted, later, sum(compressible), compress_every if streams and chosen.evicts else None
+        )
         self.forward_state = Forward(image_mask, prompt_length)
-        self.warn_of_more = later_turns is None and prompt_length is None
+        self.warn_of_more = later_turns is None and prompt_length is None and not streams
         self.steps = Steps(doubles=when_full == "double")
         self.layers = [
             LookMLayer(settings, self.forward_state, self._new_store(max_new_tokens)) if replaced else layer
             for layer, replaced in zip(self.layers, compressible, strict=True)
         ]
         if max_new_tokens is not None:
-            self.layers = [_of_fixed_size(layer) for layer in self.layers]
+            self.layers = [of_fixed_size(layer) for layer in self.layers]
         watch(model)
 
     def _new_store(self, max_new_tokens: int | None) -> Growing:
@@ -310,13 +332,6 @@ class LookMCache(DynamicCache):
     def report(self) -> Report:
         """What was seen, kept and evicted, by layer and in total; print it, or take report().to_dict()."""
         return Report([layer_report(index, layer) for index, layer in enumerate(self.layers)])
-
-
-def _of_fixed_size(layer: Any) -> Any:
-    """The same layer with a tensor of fixed size, where transformers has one that reads a prompt of any length."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        return StaticSlidingWindowLayer(max_cache_len=layer.sliding_window, sliding_window=layer.sliding_window)
-    return layer
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

@@ -25,7 +25,8 @@ from lookm.masks import (
 from lookm.observe import offset_of, tag
 from lookm.own_attention import Held, attend, attend_to_buffers, what_is_seen
 from lookm.plan import Plan, Settings
-from lookm.reading import Reading
+from lookm.prompt import Prompt
+from lookm.reading import Reading, scale_of
 from lookm.refusals import (
     HIDES_CHUNK,
     HIDES_MERGED,
@@ -36,10 +37,12 @@ from lookm.refusals import (
     SHOWS_PADDING,
     STORED_TWICE,
     TWICE,
+    UNUSUAL_WINDOW,
 )
 from lookm.rows import StoringLayer, grown
 from lookm.store.fixed import Fixed
 from lookm.store.growing import Growing
+from lookm.window import Rows, Window
 
 
 class LookMLayer(StoringLayer):
@@ -47,6 +50,7 @@ class LookMLayer(StoringLayer):
 
     def __init__(self, settings: Settings, forward: Forward, store: Growing) -> None:
         self.settings = settings
+        self.window = None if settings.compress_every is None else Window(settings.compress_every)
         super().__init__(forward, store)
 
     @property
@@ -58,7 +62,8 @@ class LookMLayer(StoringLayer):
     def attends_by_itself(self) -> bool:
         """Whether transformers' attention cannot do it: votes, layers with numbers of their own, buffers not full."""
         uneven = self.settings.policy.uneven and bool(self.evicted)
-        return self.votes is not None or uneven or self.store.settled
+        streams = self.window is not None and self.compressed
+        return self.votes is not None or uneven or streams or self.store.settled
 
     def _slots_for(self, queries: int) -> Fixed | None:
         """The store where the next tokens find slots in buffers that are attended to as they are."""
@@ -176,7 +181,10 @@ class LookMLayer(StoringLayer):
             raise NotImplementedError(NOT_INTERCEPTED)
         if self.forward.model is not None and self.seen > self.forward.begun_at:
             raise NotImplementedError(STORED_TWICE)
-        reading = not self.compressed or (new > 1 and self.settings.later_turns == "segment")
+        segment = new > 1 and self.settings.later_turns == "segment" and self.window is None
+        reading = not self.compressed or segment
+        if self.window is not None and self.compressed:
+            self._expect(self.window, new)
         padded = self.forward.valid_at(self.seen, new)
         self.note_padding(padded, key_states)
         if reading or new > 1:
@@ -249,7 +257,57 @@ class LookMLayer(StoringLayer):
             return inner(module, query, key, value, mask, *args, **kwargs)
         held = self._held()
         seen = what_is_seen(held, self.forward, self.seen, implementation, module, query, mask, kwargs)
-        return attend(held, query, seen, kwargs)[0], None
+        output, lse = attend(held, query, seen, kwargs)
+        if self.window is not None:
+            self._stream(self.window, query, lse, kwargs)
+        return output, None
+
+    def _expect(self, window: Window, new: int) -> None:
+        """Before tokens are stored behind what was compressed."""
+        if self.forward.masks(self.seen, new) and self.forward.unusual:
+            raise NotImplementedError(UNUSUAL_WINDOW)
+        if new > 1:
+            window.score(self.settings.policy, self._rows(window))
+        else:
+            more = bool(window.answers) and window.answers[-1].stop == self.seen
+            begin = window.answers.pop().start if more else self.seen
+            window.answers.append(range(begin, self.seen + 1))
+
+    def _stream(self, window: Window, query: Tensor, lse: Tensor, arguments: dict[str, Any]) -> None:
+        """After attention to all that is stored: note what was paid, and compress when it is time."""
+        window.note(query, lse, scale_of(query, arguments), arguments.get("softcap"))
+        if not window.due(self.stored, turn=query.shape[2] > 1):
+            return
+        positions = self.kept_positions()
+        stays = window.compress(self.settings.policy, self._rows(window), self.store.room)
+        self.store.keep(stays.keys, stays.values)
+        self.kept = positions.gather(2, stays.kept.clamp(min=0).long()).masked_fill(stays.kept < 0, -1)
+        self.valid, self.votes = stays.valid, stays.votes
+        self.key_bias = None if stays.votes is None else stays.votes.log()
+        self.evicted = [range(self.seen)]
+        self.compressed_at = self.seen
+        self._note_places()
+
+    def _rows(self, window: Window) -> Rows:
+        """What is stored, and what it stands for."""
+        positions = self.kept_positions()
+        generated = torch.zeros(1, self.seen, dtype=torch.bool, device=positions.device)
+        for tokens in window.answers:
+            generated[:, tokens.start : tokens.stop] = True
+        answer = self.places_of(generated.expand(len(positions), -1))
+        media, starts = (
+            torch.nn.functional.pad(known, (0, self.seen - known.shape[1])) for known in (self.image, self.starts)
+        )
+        image = self.places_of(media)
+        # which image each place is of: where it changes, another one begins
+        number = Prompt(media, None, (), (), (), 0, starts).segment
+        held = number[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
+        begins = image.clone()
+        begins[:, :, 1:] &= held[:, :, 1:] != held[:, :, :-1]
+        votes = self.votes
+        if votes is not None:
+            votes = torch.nn.functional.pad(votes, (0, self.stored - votes.shape[2]), value=1.0)
+        return Rows(self.keys, self.values, image, begins, answer, self.valid, votes)
 
     def attend_in_graph(
         self, store: Fixed, end: Tensor, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor,
@@ -261,6 +319,17 @@ class LookMLayer(StoringLayer):
         if store.counts:
             store.count_in_graph(query.shape[2])
         return attend_to_buffers(store, end, query, kwargs), None
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See StoringLayer.map_rows."""
+        super().map_rows(change)
+        if self.window is not None:
+            self.window.map_rows(change)
+
+    def _clear(self) -> None:
+        super()._clear()
+        if self.window is not None:
+            self.window = Window(self.window.every)
 
     def _held(self) -> Held:
         hidden = self.forward.hidden
@@ -287,6 +356,8 @@ class LookMLayer(StoringLayer):
         self.valid = plan.stored_valid
         if plan.evicts:
             stays = reading.compress(plan, self.scores, self.store.room)
+            if self.window is not None:
+                self.window.carry(self.scores, stays.kept)
             self.store.keep(stays.keys, stays.values)
             self.valid = stays.valid
             kept = torch.where(stays.kept < 0, -1, stays.kept + first_position)
@@ -299,6 +370,10 @@ class LookMLayer(StoringLayer):
             if plan.prompt.valid is not None:
                 kept = kept.masked_fill(~plan.prompt.valid[:, None], -1)
         self.kept = torch.cat([before, kept], 2)
+        if self.window is not None:
+            keep = plan.prompt.keep
+            limits = [self.settings.budget.limit(own, reading.column_bytes * self.settings.layers) for own in keep]
+            self.window.begin(keep, limits, plan.prompt)
         self.scores = None
         self.compressed, self.compressed_at = True, self.seen
         self._note_places()

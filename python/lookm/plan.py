@@ -15,17 +15,21 @@ from torch import Tensor
 from lookm.budget import Budget, extend_for_text
 from lookm.masks import left_padding
 from lookm.policy import Policy
-from lookm.prompt import Prompt, on_device
+from lookm.prompt import Prompt, right_aligned
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all layers of one cache share: policy, budget, what becomes of later turns, number of compressed layers."""
+    """What all layers of one cache share: policy, budget, what becomes of later turns, number of compressed layers.
+
+    compress_every: tokens after which what was generated is compressed too; None: never.
+    """
 
     policy: Policy
     budget: Budget
     later_turns: str
     layers: int
+    compress_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,8 @@ def _stored_valid(stored: Stored, keep: Sequence[int]) -> Tensor | None:
     # a row that keeps fewer than another has empty places first
     start, device, valid = stored.places - stored.image.shape[1], stored.image.device, stored.valid
     before = torch.ones(len(keep), start, dtype=torch.bool, device=device) if valid is None else valid[:, :start]
-    if min(keep) == max(keep) and (valid is None or bool(before.all())):
+    inside = right_aligned(keep, max(keep), device)
+    if inside is None and (valid is None or bool(before.all())):
         return None
-    place = torch.arange(max(keep), 0, -1, device=device)
-    return torch.cat([before, place <= on_device(keep, device)], 1)
+    inside = before.new_ones(len(keep), max(keep)) if inside is None else inside
+    return torch.cat([before, inside], 1)

@@ -17,6 +17,13 @@ def on_device(counts: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1, 1), count, dtype=torch.long, device=device) for count in counts])
 
 
+def right_aligned(counts: Sequence[int], places: int, device: torch.device) -> Tensor | None:
+    """[B, places] bool, the last counts[row] places of each row; None: all places of all."""
+    if min(counts) == places:
+        return None
+    return torch.arange(places, 0, -1, device=device) <= on_device(counts, device)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The tokens under compression: N seen so far, `remaining` still to come (chunked prefill).

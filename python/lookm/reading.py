@@ -117,7 +117,7 @@ class Reading:
         with torch.no_grad():
             lse = None
             if kwargs.get("softcap") is None:
-                lse = observed.of(query, self.keys, paid.get("causal", True), _scale(query, kwargs))
+                lse = observed.of(query, self.keys, paid.get("causal", True), scale_of(query, kwargs))
             return output, self._score(query, plan, lse, paid, kwargs)
 
     def _attend_by_itself(
@@ -176,7 +176,7 @@ class Reading:
     ) -> Tensor:
         policy = self.settings.policy
         attention = Attention(
-            query, self.keys, plan.prompt, _scale(query, arguments), arguments.get("softcap"), lse=lse,
+            query, self.keys, plan.prompt, scale_of(query, arguments), arguments.get("softcap"), lse=lse,
             query_weight=plan.query_weight, picked=plan.picked, fp8=policy.fp8, **paid,
         )  # fmt: skip
         return policy.score(attention)
@@ -236,6 +236,7 @@ class Compressed:
     valid: Tensor | None
 
 
-def _scale(query: Tensor, arguments: dict[str, Any]) -> float:
+def scale_of(query: Tensor, arguments: dict[str, Any]) -> float:
+    """The scale of an attention call with these arguments by name."""
     scaling: float | None = arguments.get("scaling")
     return query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -30,6 +30,10 @@ HIDES_MERGED = (
     "`attention_mask` hides tokens of the compressed prompt that it showed when they were read. They were merged into "
     "pairs that stand for others too, and cannot be taken out; rule='none' (a policy without merging) can do that"
 )
+UNUSUAL_WINDOW = (
+    "lookm: a mask that hides more of what is stored than padding is not supported with generated='window', whose "
+    "compressions would not know of it"
+)
 NOT_A_STEP = (
     "lookm: a compiled graph attends to a cache of fixed size with a mask of its own; give a 2D mask over all tokens, "
     "or call the model uncompiled"

@@ -231,9 +231,8 @@ def layer_report(index: int, layer: Any) -> LayerReport:
         kept_by[medium] = int(held_here.sum()) / heads
         later_by[medium] = int(since.sum()) // heads
     seen_by["text"] -= 0 if layer.padding is None else int(layer.padding.sum())
-    pairs = layer.keys.nbytes + layer.values.nbytes
     votes = sum(tensor.nbytes for tensor in (layer.votes, layer.key_bias) if tensor is not None)
-    column = pairs // layer.stored
+    column = (layer.keys.nbytes + layer.values.nbytes) // layer.stored
     return LayerReport(
         layer=index,
         compressed=True,
@@ -242,7 +241,7 @@ def layer_report(index: int, layer: Any) -> LayerReport:
         seen_by=seen_by,
         kept_by=kept_by,
         later_by=later_by,
-        bytes=pairs + votes,
+        bytes=layer.store.nbytes + votes,
         bytes_full=column * layer.seen,
         later_bytes=column * (layer.seen - layer.compressed_at if layer.compressed else 0),
         merged=0.0 if layer.votes is None else float((layer.votes - 1).clamp(min=0).sum()) / heads,

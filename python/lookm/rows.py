@@ -194,17 +194,18 @@ class StoringLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of beam_idx [B]."""
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self.map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self.map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows `indices`."""
-        self._map_rows(lambda rows: rows[indices, ...])
+        self.map_rows(lambda rows: rows[indices, ...])
 
-    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace everything that has rows by change(tensor)."""
         self.forward.tokens = None
         self.store.map_rows(change)
         for name in self._row_tensors:

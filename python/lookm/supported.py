@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 CROSS_ATTENTION = "its image tokens live in cross-attention layers, not in the self-attention cache"
 REFUSED = {"mllama": CROSS_ATTENTION, "idefics": CROSS_ATTENTION}
@@ -48,3 +48,10 @@ def check_masks(model: str, layers: list[Any]) -> None:
     }
     if whole:
         raise NotImplementedError(ONE_MASK.format(model=model, others=", ".join(sorted(whole))))
+
+
+def of_fixed_size(layer: Any) -> Any:
+    """The same layer with a tensor of fixed size, where transformers has one that reads a prompt of any length."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return StaticSlidingWindowLayer(max_cache_len=layer.sliding_window, sliding_window=layer.sliding_window)
+    return layer

@@ -114,6 +114,11 @@ class Fixed(Growing):
         return 0 if self._keys is None else int(self._keys.shape[-2])
 
     @property
+    def nbytes(self) -> int:
+        """Memory of the buffers, places that are free included."""
+        return sum(buffer.nbytes for buffer in self._buffers) if self.settled else super().nbytes
+
+    @property
     def free(self) -> int:
         """Slots for new tokens that are left."""
         return self.limit - self.stored

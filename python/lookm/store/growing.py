@@ -31,6 +31,11 @@ class Growing:
         """Places in use."""
         return 0 if self.keys is None else int(self.keys.shape[-2])
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pairs, places that are free included."""
+        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
+
     def make_room(self, queries: int) -> None:
         """Before a forward of so many tokens: there is always room."""
 
