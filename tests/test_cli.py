@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     MllamaConfig,
@@ -443,3 +444,66 @@ def test_control_c_at_any_time(seconds: float) -> None:
         assert process.wait(timeout=20) == 130
         assert process.stderr is not None
         assert process.stderr.read() in ("interrupted\n", "\ninterrupted\n")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved checkpoint of a text model, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lookm.bench.BUFFER_BYTES", 1 << 20)
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_bench_times_every_cache_of_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    result = run(
+        "bench",
+        tiny,
+        "--prompt-tokens",
+        "48,64",
+        "--batch",
+        "1,2",
+        "--budget",
+        "25%,8",
+        "--new-tokens",
+        3,
+        "--json",
+        file,
+    )
+    assert result.exit_code == 0, result.output
+    said = json.loads(file.read_text())
+    assert said["model"] == str(tiny)
+    assert [(each["batch"], each["prompt_tokens"]) for each in said["results"]] == [(1, 48), (1, 64), (2, 48), (2, 64)]
+    for each in said["results"]:
+        rows = {row["variant"]: row for row in each["rows"]}
+        assert {"DynamicCache", "StaticCache", "LookMCache 25 %", "LookMCache 8"} <= set(rows)
+        assert all(len(row["steps"]) == 3 for row in rows.values())
+        pair = 2 * 2 * 16 * 4 * 2 * each["batch"]
+        assert rows["DynamicCache"]["cache_bytes"] == each["prompt_tokens"] * pair
+        assert rows["LookMCache 8"]["cache_bytes"] < rows["DynamicCache"]["cache_bytes"] / 3
+    assert result.stdout.count("LookMCache 25 % ") == 4
+    assert "1 x 48 tokens, then 3 more; float32 on cpu" in result.stdout
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_bench_takes_a_vision_language_model_and_other_dtypes() -> None:
+    result = run("bench", MODEL, "--prompt-tokens", 64, "--new-tokens", 2, "--dtype", "bfloat16", "--policy", "lookm")
+    assert result.exit_code == 0, result.output
+    assert "bfloat16 on cpu" in result.stdout
+
+
+def test_bench_names_what_it_does_not_take(tiny: Path, tmp_path: Path) -> None:
+    assert "`prompt-tokens` must be whole numbers" in complaint("bench", tiny, "--prompt-tokens", "4k")
+    assert "`batch` must be whole numbers" in complaint("bench", tiny, "--batch", "1,0")
+    assert "`budget` must be a fraction" in complaint("bench", tiny, "--budget", "0.2,5.5")
+    assert "`policy`" in complaint("bench", tiny, "--policy", "none such")
+    assert "No such file or directory" in complaint("bench", tiny, "--json", tmp_path / "none" / "speed.json")
+    assert "does not exist" in complaint("bench", "./nowhere")
+    assert "is not there" in complaint("bench", tiny, "--device", "tpu9")

@@ -248,3 +248,48 @@ def chat(session: Session) -> None:
         max_new_tokens=session.max_new_tokens,
         sampling=session.sampling,
     )
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model.")],
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of the prompts, in tokens.")] = "4096,16384",
+    batch: Annotated[str, typer.Option(help="Rows of the batches.")] = "1",
+    budget: Annotated[str, typer.Option(help="Budgets of the compressed caches.")] = "0.2,0.05",
+    policy: PolicyOption = "auto",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decoded tokens that are timed.")] = 32,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Decode compiled too; by default on a GPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU by default where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")] = "auto",
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
+) -> None:
+    """Time full and compressed caches with a checkpoint, on random tokens: prefill, compression, time per token."""
+    with one_line_errors():
+        from lookm.typed import read_budget, read_counts, read_policy
+
+        lengths, batches = read_counts(prompt_tokens, "prompt-tokens"), read_counts(batch, "batch")
+        budgets = [read_budget(each) for each in budget.split(",")]
+        read_policy(policy)
+        if as_json is not None:
+            as_json.write_text("")  # before minutes of work
+        check_torchvision()
+        from transformers.utils import logging
+
+        from lookm.bench import measure, random_prompt, variants
+        from lookm.generate import load_checkpoint
+
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        loaded = load_checkpoint(model, with_processor=False).load_model(device, dtype)
+        caches = variants(budgets, policy, loaded.device.type == "cuda" if compiled is None else compiled)
+        results = []
+        for rows in batches:
+            for tokens in lengths:
+                result = measure(loaded, random_prompt(loaded, rows, tokens, new_tokens), caches)
+                results.append(result.to_dict())
+                typer.echo(f"{result}\n")
+                if as_json is not None:
+                    as_json.write_text(json.dumps({"model": model, "results": results}, indent=1) + "\n")

@@ -85,7 +85,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder or a hub id; where: arguments of from_pretrained. processor: a tokenizer for a model of text alone."""
+    """A folder or a hub id; where: arguments of from_pretrained. processor: a tokenizer for a model of text alone, or
+    None where it was not asked for.
+    """
 
     name: str
     where: dict[str, Any]
@@ -135,7 +137,7 @@ class Checkpoint:
         return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
 
-def load_checkpoint(name: str) -> Checkpoint:
+def load_checkpoint(name: str, with_processor: bool = True) -> Checkpoint:
     """Configuration and processor of a folder or hub id, its model to be loaded later.
 
     ValueError when they do not load, NotImplementedError when the model is not supported.
@@ -146,6 +148,8 @@ def load_checkpoint(name: str) -> Checkpoint:
         check_config(config)
     if not _sees(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model {name} ({config.model_type}) is neither a vision-language nor a text model")
+    if not with_processor:
+        return Checkpoint(name, where, config, None)
     with loading(name):
         processor = (AutoProcessor if _sees(config) else AutoTokenizer).from_pretrained(name, **where)
         if _sees(config) and not isinstance(processor, ProcessorMixin):

@@ -33,6 +33,14 @@ def read_budget(text: str) -> float | int | str:
     return text if number is None else number
 
 
+def read_counts(text: str, name: str) -> list[int]:
+    """Numbers of at least 1, separated by commas. ValueError, with the argument's name, for anything else."""
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(f"`{name}` must be whole numbers of at least 1, such as 4096,16384, got {text!r}")
+    return counts
+
+
 def read_policy(text: str, options: Sequence[str] = ()) -> Policy:
     """A registered name, or module:name of a Policy class or instance, importable from the current folder.
 
