@@ -73,7 +73,7 @@ format: $(VENV)/.ready
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.ready
-	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks/bench_reference.py
+	LOOKM_BENCH_RESULTS=benchmarks/results/cpu $(BIN)/python -m pytest benchmarks/bench_reference.py benchmarks/bench_generate.py
 
 gpu: $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.ready)
 	$(BIN)/python3 benchmarks/gpu.py $(OUT)

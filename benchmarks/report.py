@@ -15,7 +15,7 @@ from typing import Any
 from every_model.table import coverage
 from quality.table import against_published, beds, curves, plot_of
 from quality.table import measured as measured_beds
-from tables import devices, disassembly, draw, floors, markdown, measured, outcome, target_table
+from tables import decoding, devices, disassembly, draw, floors, markdown, measured, outcome, target_table
 from targets import CPU_TARGETS
 
 from lookm import POLICIES
@@ -130,12 +130,19 @@ def build() -> str:
 
 def targets() -> str:
     """Targets of a GPU, then those of a processor."""
-    result = read("reference.json")
-    rows = [
-        [target.text, target.shown(), outcome(target.value(result[name]), target.met(result[name]))]
-        for name, target in CPU_TARGETS.items()
-    ]
-    return target_table(devices()) + "\n\n" + markdown(["what", "target", f"{result['cpu']} (`make bench`)"], rows)
+    rows = []
+    for name, target in CPU_TARGETS.items():
+        result = read(f"{target.benchmark}.json") if (RESULTS / f"{target.benchmark}.json").exists() else {}
+        found = result.get(name, result.get("targets", {}).get(name, {}).get("measured"))
+        shown = "not measured yet" if found is None else outcome(target.value(found), target.met(found))
+        rows.append([target.text, target.shown(), f"{shown} ({result['cpu']})" if "cpu" in result else shown])
+    return target_table(devices()) + "\n\n" + markdown(["what", "target", "a processor (`make bench`)"], rows)
+
+
+def decode() -> str:
+    """Caches beside each other in decoding: on this processor, then on GPUs."""
+    own = [read("generate.json")] if (RESULTS / "generate.json").exists() else []
+    return decoding(own + [each.records["generate"] for each in devices() if "generate" in each.records])
 
 
 def training(name: str = "train") -> str:
@@ -192,7 +199,7 @@ def scoring() -> str:
 
 
 SECTIONS = {
-    "benchmarks/README.md": {"targets": targets, "measured": measured},
+    "benchmarks/README.md": {"targets": targets, "decoding": decode, "measured": measured},
     "benchmarks/NOTES.md": {"floors": floors, "disassembly": disassembly},
     "README.md": {"build": build, "demo": demo, "families": families, "policies": policies, "cost": cost},
     "benchmarks/quality/README.md": {

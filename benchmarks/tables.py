@@ -12,6 +12,8 @@ from roofline import Point, roofline
 from targets import GPU_TARGETS, OURS
 from work import Work
 
+from lookm.report import format_bytes
+
 RESULTS = Path(__file__).parent / "results"
 CPU = RESULTS / "cpu"
 FAMILIES = RESULTS / "families"
@@ -116,6 +118,37 @@ def cells(row: dict[str, Any]) -> list[str]:
     shares = (("peak_extra_share", "of the KV in memory"), ("added_share", "of the prefill's time"))
     added = [f"{100 * row[name]:.1f} % {meaning}" for name, meaning in shares if row.get(name) is not None]
     return [*start, *time, *rates, ", ".join(added)]
+
+
+def decoding(records: Sequence[dict[str, Any]]) -> str:
+    """Every cache of every prompt that bench_generate.py timed: a table a machine, a row a cache."""
+    parts = []
+    for record in records:
+        threads = f", {record['threads']} threads" if "threads" in record else ""
+        versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers"))
+        header = ["what", "cache", "prefill", "compression", "a step", "floor", "over floor", "tokens/s", "faster"]
+        rows = [decoding_cells(row) for row in record["rows"]]
+        parts.append(
+            f"{record.get('cpu', record['device'])}{threads}, {record['dtype']}, {versions}:\n\n"
+            + markdown([*header, "bytes", "peak"], rows)
+        )
+    return "\n\n".join(parts) or "Nothing was measured yet."
+
+
+def decoding_cells(row: dict[str, Any]) -> list[str]:
+    """One cache and one prompt; what is not known is left empty."""
+    start = [f"{row['what']}, {format_shape(row['shape'])}", row["by"]]
+    if "missing" in row:
+        return [*start, row["missing"], *[""] * 8]
+    times = (row["prefill_s"], row["compression_s"], row["step_s"], row["floor_s"])
+    return [
+        *start,
+        *("" if seconds is None else format_seconds(seconds) for seconds in times),
+        "" if row["over_floor"] is None else f"{row['over_floor']:.2f}",
+        f"{row['tokens_per_s']:.3g}",
+        "" if row["faster"] is None else f"{row['faster']:.2f}x",
+        *("" if row[name] is None else format_bytes(row[name]) for name in ("cache_bytes", "peak_bytes")),
+    ]
 
 
 def measured() -> str:

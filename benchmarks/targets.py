@@ -36,6 +36,7 @@ class Target(NamedTuple):
 
 SCORES = "scores, 32 query and 8 KV heads, 32k x 32k, causal"
 MERGE = "nearest + merge + compact, 32k, 20 %, 8 heads"
+DECODE = "a decode step shaped like LLaVA-1.5-7B at 32k, 20 %, fixed size and compiled"
 PREFILL = "compression of all layers in a 32k prefill shaped like Qwen2.5-VL-7B, added time as a share of the prefill"
 IN_CUDA = "in CUDA C++, at the target's shape: faster than Triton, or it need not stay"
 GPU_TARGETS = {
@@ -53,9 +54,19 @@ GPU_TARGETS = {
     "prefill_exact": Target("compress", f"{PREFILL}: exact scores", True, 25, " %"),
     "prefill_text": Target("compress", f"{PREFILL}: text queries only", True, 3, " %"),
     "prefill_window": Target("compress", f"{PREFILL}: the last 32 queries only", True, 3, " %"),
+    "decode_dynamic": Target("generate", f"{DECODE}: faster than DynamicCache", False, 2.5, "x"),
+    "decode_static": Target("generate", f"{DECODE}: faster than StaticCache compiled", False, 1.6, "x"),
+    "decode_floor": Target("generate", f"{DECODE}: time over the bandwidth floor", True, 1.25, "x"),
+    "decode_batch": Target(
+        "generate", "the largest batch at 32k that fits, LLaVA-1.5-7B, 5 % over DynamicCache: tokens/s", False, 8, "x"
+    ),
 }
 REFERENCE = "reference backend, 1 x 32 x 4096 x 128, against the attention matrix in memory"
+DECODER = "a decode step of a decoder of 100 M parameters at 8k, 20 %, fixed size"
 CPU_TARGETS = {
     "time_ratio": Target("reference", f"{REFERENCE}: time", True, 1, "x"),
     "memory_ratio": Target("reference", f"{REFERENCE}: peak memory", True, 1 / 8, "x"),
+    "decode_grown": Target("generate", f"{DECODER}: time over the cache that grows", True, 1, "x"),
+    "decode_floor": Target("generate", f"{DECODER}: time over the bandwidth floor", True, 1.25, "x"),
+    "decode_full": Target("generate", f"{DECODER}: faster than DynamicCache", False, 3, "x"),
 }

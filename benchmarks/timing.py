@@ -14,14 +14,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from targets import GPU_TARGETS, OURS
+from targets import GPU_TARGETS, OURS, Target
 from torch import Tensor
 from work import Work
 
@@ -251,10 +251,10 @@ class Record:
                 return row.get(field)  # type: ignore[no-any-return]
         return None
 
-    def target(self, name: str, measured: float | None) -> None:
+    def target(self, name: str, measured: float | None, targets: Mapping[str, Target] = GPU_TARGETS) -> None:
         """Target beside measured; nothing where there is no measured value."""
         if measured is not None:
-            self.content["targets"][name] = GPU_TARGETS[name].result(measured)
+            self.content["targets"][name] = targets[name].result(measured)
             self.write()
 
     def check_targets(self, *excused: str) -> None:
