@@ -86,11 +86,14 @@ def static_cache(model: Any, prompt: Prompt) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=prompt.ids.shape[1] + prompt.later.shape[1])
 
 
-def lookm_cache(budget: float | int | str, policy: str, **options: Any) -> Callable[[Any, Prompt], LookMCache]:
-    """How to make a LookMCache; options: further arguments of it."""
+def lookm_cache(
+    budget: float | int | str, policy: str, fixed: bool = False, **options: Any
+) -> Callable[[Any, Prompt], LookMCache]:
+    """How to make a LookMCache; fixed: in buffers with slots for what follows; options: further arguments of it."""
 
     def make(model: Any, prompt: Prompt) -> LookMCache:
-        return LookMCache(model, budget, policy, image_mask=prompt.image_mask, **options)
+        slots = prompt.later.shape[1] if fixed else None
+        return LookMCache(model, budget, policy, image_mask=prompt.image_mask, max_new_tokens=slots, **options)
 
     return make
 
@@ -104,6 +107,7 @@ def variants(budgets: Sequence[float | int | str], policy: str = "auto", compile
     fixed = [Variant(STATIC, static_cache)]
     for budget in budgets:
         found.append(Variant(compressed(budget), lookm_cache(budget, policy)))
+        fixed.append(Variant(compressed(budget) + FIXED, lookm_cache(budget, policy, fixed=True)))
     return found + fixed + [Variant(each.name + COMPILED, each.make, True) for each in fixed if compiled]
 
 
