@@ -126,7 +126,7 @@ def _attend_fused(
         packed, key[None], value[None], attn_mask=added, scale=scale
     )
     out, lse = out.reshape(heads, 1, -1)[..., :value_width], lse.reshape(heads, 1)
-    if bias is not None:
+    if added is not None:
         # where every key is hidden it has no number
         blind = (added.amax(-1) == float("-inf")).reshape(heads, 1)
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
