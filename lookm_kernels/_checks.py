@@ -106,17 +106,20 @@ def check_attention(
     softcap: float | None,
     dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
     right_aligned: bool = True,
+    key_dtypes: Sequence[torch.dtype] | None = None,
+    channels: int = 1,
 ) -> None:
     """query [B, Hq, M, D] over key [B, H, N, D], the keys that it may see, and what is done to the logits.
 
     right_aligned: the queries stand at the last of the keys, so there are not more of them.
+    key_dtypes: those of the keys, if others. channels: how many of them one element of a key holds.
     """
     check_rows("query", query, "B Hq M D", dtypes)
-    check_rows("key", key, "B H N D", dtypes)
+    check_rows("key", key, "B H N D", dtypes if key_dtypes is None else key_dtypes)
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     require(key.shape[0] == batch, "key", f"of batch size {batch} like `query`", key)
-    require(key.shape[3] == width, "key", f"of head dimension {width} like `query`", key)
+    require(key.shape[3] * channels == width, "key", f"of head dimension {width} like `query`", key)
     require(heads % kv_heads == 0, "key", f"of a number of heads that divides the {heads} of `query`", key)
     require(queries <= keys or not right_aligned, "query", f"of at most as many tokens as `key` ({keys})", query)
     check_device("query", query, key=key, mask=mask)
@@ -129,12 +132,22 @@ def check_attention(
     require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
 
 
-def check_row_positions(argument: str, positions: Tensor | None, query: Tensor) -> None:
-    """One int32 position for each row of query, or None."""
+def check_key_bias(key_bias: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """A number for each of the first keys, or None."""
+    if key_bias is not None:
+        check_device("query", query, key_bias=key_bias)
+        check_tensor("key_bias", key_bias, "B H P", SCORE_DTYPES)
+        batch, heads, keys, _ = key.shape
+        fits = key_bias.shape[:2] == (batch, heads) and key_bias.shape[2] <= keys
+        require(fits, "key_bias", f"[B, H, P] = [{batch}, {heads}, at most {keys}]", key_bias)
+
+
+def check_row_positions(argument: str, positions: Tensor | None, rows: Tensor, rows_argument: str = "query") -> None:
+    """One int32 position for each row of another argument, or None."""
     if positions is not None:
-        check_device("query", query, **{argument: positions})
+        check_device(rows_argument, rows, **{argument: positions})
         check_tensor(argument, positions, "B", (torch.int32,))
-        check_shape(argument, positions, query.shape[:1], "B")
+        check_shape(argument, positions, rows.shape[:1], "B")
 
 
 def check_inside(argument: str, positions: Tensor | None, keys: int) -> None:

@@ -9,15 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lookm_kernels._checks import (
-    SCORE_DTYPES,
     accumulation_dtype,
     check_attention,
     check_call,
     check_device,
     check_inside,
+    check_key_bias,
     check_row_positions,
     check_rows,
-    check_tensor,
     check_tensors,
     common_dtype,
     require,
@@ -132,14 +131,10 @@ def _check(
 ) -> None:
     check_attention(query, key, key_start, mask, scale, softcap, right_aligned=causal)
     check_rows("value", value, "B H N Dv")
-    batch, kv_heads, keys, _ = key.shape
     require(value.shape[:3] == key.shape[:3], "value", f"[B, H, N, Dv] = {[*key.shape[:3]]} and Dv, like `key`", value)
-    check_device("query", query, value=value, key_bias=key_bias)
+    check_device("query", query, value=value)
     check_row_positions("key_end", key_end, query)
-    if key_bias is not None:
-        check_tensor("key_bias", key_bias, "B H P", SCORE_DTYPES)
-        fits = key_bias.shape[:2] == (batch, kv_heads) and key_bias.shape[2] <= keys
-        require(fits, "key_bias", f"[B, H, P] = [{batch}, {kv_heads}, at most {keys}]", key_bias)
+    check_key_bias(key_bias, query, key)
 
 
 def _run(

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 KERNELS, LOOKM, CSRC = ROOT / "lookm_kernels", ROOT / "python" / "lookm", ROOT / "csrc"
 OPS = {"scores", "select", "nearest", "merge", "compact", "compress", "kept_attention"}
-LEAVES = {"lookm_kernels._ambient", "lookm_kernels._checks", "lookm_kernels._version"}
+LEAVES = {f"lookm_kernels.{name}" for name in ("_ambient", "_checks", "_formats", "_version")}
 PUBLIC = {"lookm_kernels", "lookm_kernels.rules", "lookm_kernels._version"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,23 @@ PART_ELEMENTS = 1 << 18
 LINE = 64
 
 
+class Rows(Protocol):
+    """Keys or values [H, N, D] of one row, in whatever form; every result in the dtype of the other factor."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def logits(self, query: Tensor, scale: float) -> Tensor:
+        """scale * query . key for query [H, R, D]: [H, R, N], new."""
+
+    def weighted(self, attention: Tensor) -> Tensor:
+        """The sums [H, R, D] over the rows with the weights [H, R, N], which may be overwritten."""
+
+
+# (row, first token, token behind the last) to the keys and the values
+Read = Callable[[int, int, int], tuple[Rows, Rows]]
+
+
 def kept_attention(
     query: Tensor,
     key: Tensor,
@@ -29,20 +47,39 @@ def kept_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """See lookm_kernels.kept_attention. Row by row over its valid tokens: padding and other rows change no bit."""
+    """See lookm_kernels.kept_attention."""
+
+    def read(row: int, start: int, end: int) -> tuple[Rows, Rows]:
+        return Whole(key[row, :, start:end]), Whole(value[row, :, start:end])
+
+    out = query.new_zeros((*query.shape[:3], value.shape[3]))
+    return attend_rows(out, read, key.shape[2], query, key_bias, key_start, key_end, mask, causal, scale, softcap)
+
+
+def attend_rows(
+    out: Tensor,
+    read: Read,
+    keys: int,
+    query: Tensor,
+    key_bias: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Into out [B, Hq, M, Dv], zeros, row by row over its valid tokens: padding and other rows change no bit."""
     batch, heads, queries, _ = query.shape
-    dtype = accumulation_dtype(query.dtype)
-    out = query.new_zeros((batch, heads, queries, value.shape[3]))
-    lse = query.new_full((batch, heads, queries), float("-inf"), dtype=dtype)
+    lse = query.new_full((batch, heads, queries), float("-inf"), dtype=accumulation_dtype(query.dtype))
     starts = [0] * batch if key_start is None else key_start.tolist()
-    ends = [key.shape[2]] * batch if key_end is None else key_end.tolist()
+    ends = [keys] * batch if key_end is None else key_end.tolist()
     for row, (start, tokens) in enumerate(zip(starts, ends, strict=True)):
         first = max(0, start - (tokens - queries)) if causal else 0
         if start >= tokens:
             continue
         seen = mask if mask is None else mask[row if mask.shape[0] > 1 else 0, :, first:, start:tokens]
-        bias = key_bias if key_bias is None else key_bias[row, :, start:tokens].to(dtype)
-        pairs = key[row, :, start:tokens], value[row, :, start:tokens]
+        bias = key_bias if key_bias is None else key_bias[row, :, start:tokens].to(lse.dtype)
         block = rows_per_block(heads * (tokens - start))
         with whole_products(query.device):
             for begin in range(first, queries, block):
@@ -51,8 +88,7 @@ def kept_attention(
                 last = tokens - start - (queries - rows.stop) if causal else tokens - start
                 out[row, :, rows], lse[row, :, rows] = _attend(
                     query[row, :, rows],
-                    pairs[0][:, :last],
-                    pairs[1][:, :last],
+                    *read(row, start, start + last),
                     bias,
                     None if seen is None else seen[:, here, :last],
                     causal,
@@ -64,8 +100,8 @@ def kept_attention(
 
 def _attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Rows,
+    value: Rows,
     bias: Tensor | None,
     mask: Tensor | None,
     causal: bool,
@@ -78,12 +114,12 @@ def _attend(
     """
     (heads, queries, width), (kv_heads, tokens, _) = query.shape, key.shape
     dtype = accumulation_dtype(query.dtype)
-    if queries == 1 and mask is None and softcap is None and query.device.type == "cpu":
-        return _attend_fused(query, key, value, bias, scale)
+    whole = isinstance(key, Whole) and isinstance(value, Whole)
+    if whole and queries == 1 and mask is None and softcap is None and query.device.type == "cpu":
+        return _attend_fused(query, key.x, value.x, bias, scale)
     # the queries of all heads of a KV head are rows of one product: no key is expanded
     packed = query.to(dtype).reshape(kv_heads, -1, width)
-    parts = [torch.baddbmm(packed.new_empty(()), packed, part.mT, beta=0, alpha=scale) for part in _parts(key, dtype)]
-    packed_logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    packed_logits = key.logits(packed, scale)
     if softcap is not None:
         packed_logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
@@ -100,11 +136,7 @@ def _attend(
     top.masked_fill_(top == float("-inf"), 0.0)
     attention = packed_logits.sub_(top).exp_()
     total = attention.sum(-1, keepdim=True)
-    out = packed.new_zeros(*packed.shape[:2], value.shape[2])
-    begin = 0
-    for part in _parts(value, dtype):
-        out.baddbmm_(attention[:, :, begin : begin + part.shape[1]], part)
-        begin += part.shape[1]
+    out = value.weighted(attention)
     out.div_(total.masked_fill(total == 0, 1.0))
     return out.view(heads, queries, -1), top.add_(total.log()).view(heads, queries)
 
@@ -133,6 +165,43 @@ def _attend_fused(
     return out, lse
 
 
+def product_of_parts(query: Tensor, parts: Iterable[Tensor], scale: float) -> Tensor:
+    """scale * query . key, for keys that come in parts [H, n, D] of all."""
+    logits = [torch.baddbmm(query.new_empty(()), query, part.mT, beta=0, alpha=scale) for part in parts]
+    return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
+
+
+def sum_of_parts(attention: Tensor, parts: Iterable[Tensor], width: int) -> Tensor:
+    """The sums with the weights `attention` over values that come in parts [H, n, D] of all."""
+    out = attention.new_zeros(*attention.shape[:2], width)
+    begin = 0
+    for part in parts:
+        out.baddbmm_(attention[:, :, begin : begin + part.shape[1]], part)
+        begin += part.shape[1]
+    return out
+
+
+class Whole(NamedTuple):
+    """x [H, N, D] as it is."""
+
+    x: Tensor
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.x.shape
+
+    def logits(self, query: Tensor, scale: float) -> Tensor:
+        return product_of_parts(query, _parts(self.x, query.dtype), scale)
+
+    def weighted(self, attention: Tensor) -> Tensor:
+        return sum_of_parts(attention, _parts(self.x, attention.dtype), self.x.shape[2])
+
+
+def tokens_of_part(heads: int, tokens: int, width: int) -> int:
+    """How many tokens of [H, N, D] are converted at once."""
+    return min(tokens, max(16, PART_ELEMENTS // (heads * width)))
+
+
 def _parts(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The rows of x [H, N, D] in order, in a dtype; each part is valid until the next.
 
@@ -144,7 +213,7 @@ def _parts(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         places = (x.data_ptr(), *(stride * x.element_size() for stride in (*x.stride()[:2], width)))
         yield x if all(place % LINE == 0 for place in places) else x.clone(memory_format=torch.contiguous_format)
         return
-    size = min(tokens, max(16, PART_ELEMENTS // (heads * width)))
+    size = tokens_of_part(heads, tokens, width)
     buffer = x.new_empty((heads, size, width), dtype=dtype)
     for part in torch.split(x, size, 1):
         yield buffer[:, : part.shape[1]].copy_(part)
