@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 # what a release of transformers can break
 RELEASE := $(patsubst %,tests/test_%.py,families cache enable tensor_parallel device_map)
-OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress pivots_and_votes kept_attention ops bad_input rules golden dispatch fp8 autotune)
+OPS := $(patsubst %,tests/test_%.py,scores select nearest merge compact compress pivots_and_votes kept_attention quantize quantized_attention ops bad_input rules golden dispatch fp8 autotune)
 
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 CPP := $(CSRC) $(wildcard $(addprefix tests/emulator/,*.h *.cpp cub/*/*.cuh))

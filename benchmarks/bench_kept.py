@@ -1,5 +1,7 @@
 """kept_attention in a decode step: one query over stored pairs with votes, beside SDPA without.
 
+quantized_attention reads the same pairs in 8 and 4 bits, without votes; they are quantised outside the clock.
+
 SDPA gets grouped heads as they are (enable_gqa) and no bias: a mask of floats would keep it from its flash kernel.
 """
 
@@ -27,6 +29,9 @@ SHAPES = (
     else [(batch, heads, tokens) for batch in (1, 8) for heads in (8, 32) for tokens in (1600, 6500, 32768)]
 )
 WHAT = "decode step"
+FORMATS = ("int8", "fp8", "int4")
+# a few query heads a KV head, as models have that are quantised for their memory
+GROUPED = [shape for shape in SHAPES if shape[1] < HEADS]
 
 
 class Inputs(NamedTuple):
@@ -87,3 +92,24 @@ def test_decode_step(
     batch, kv_heads, tokens = shape
     sizes = {"batch": batch, "heads": HEADS, "kv_heads": kv_heads, "tokens": tokens, "width": WIDTH}
     record.add(benchmark, WHAT, by, sizes, work.decode(**sizes), measured)
+
+
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_decode_step_over_quantised_pairs(
+    benchmark: BenchmarkFixture, record: timing.Record, format: str, shape: tuple[int, int, int]
+) -> None:
+    first = random_inputs(*shape)
+    count = timing.input_sets(lookm_kernels.quantize_pairs(first.key, first.value, format).nbytes)
+    inputs = [first, *(random_inputs(*shape) for _ in range(count - 1))]
+    sets = [(each.query, lookm_kernels.quantize_pairs(each.key, each.value, format)) for each in inputs]
+    stored = first._replace(**dict(zip(("key", "value"), lookm_kernels.dequantize_pairs(sets[0][1]), strict=True)))
+    found = lookm_kernels.quantized_attention(*sets[0])[0]
+    assert timing.relative_error(found, expected_result(stored, votes=False)) < 2e-2
+    calls = [lambda own=own: lookm_kernels.quantized_attention(*own) for own in sets]
+    del inputs, stored, found
+    measured = timing.measure(benchmark, calls)
+    batch, kv_heads, tokens = shape
+    sizes = {"batch": batch, "heads": HEADS, "kv_heads": kv_heads, "tokens": tokens, "width": WIDTH}
+    moved = work.quantized_decode(**sizes, bytes_of_pairs=sets[0][1].nbytes)
+    record.add(benchmark, WHAT, f"{OURS}, {format}", sizes, moved, measured)

@@ -55,6 +55,22 @@ def kept(dtype: torch.dtype, device: str) -> list[Tensor]:
     return results
 
 
+def quantized(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Every format, one query and many, heads of several groups, over several splits."""
+    start = torch.tensor([0, 555], dtype=torch.int32).to(device)
+    bias, results = torch.rand(BATCH, KV_HEADS, 500).to(device), []
+    for format in ("int8", "fp8", "int4"):
+        for width, value_width in ((WIDTH, 70), (80, 132)):
+            key, value = (torch.randn(BATCH, KV_HEADS, 600, each).to(device, dtype) for each in (width, value_width))
+            pairs = lookm_kernels.quantize_pairs(key, value, format, key_start=start)
+            results += [x.float() for x in pairs if x is not None]
+            for queries in (1, 50):
+                query = torch.randn(BATCH, HEADS, queries, width).to(device, dtype)
+                every = {"key_bias": bias, "key_end": start + 45, "softcap": 20.0}
+                results += [x for each in ({}, every) for x in lookm_kernels.quantized_attention(query, pairs, **each)]
+    return results
+
+
 def compression(dtype: torch.dtype, device: str) -> list[Tensor]:
     """compress_ by every rule, in place and into other memory: selection, pivots, merge and compaction."""
     tier = torch.randint(1, 4, (BATCH, TOKENS), dtype=torch.int32)
@@ -96,7 +112,7 @@ def lists(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 def main() -> None:
     """The backend and the reference on the same inputs; an error where they differ."""
-    for op in (scores, kept, compression, lists):
+    for op in (scores, kept, quantized, compression, lists):
         for dtype in LIMITS:
             results = []
             for backend, device in ((sys.argv[1], DEVICE), ("reference", "cpu")):

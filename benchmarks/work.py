@@ -53,6 +53,12 @@ def decode(batch: int, heads: int, kv_heads: int, tokens: int, width: int) -> Wo
     return Work(4 * width * batch * heads * tokens, moved, batch * heads * tokens)
 
 
+def quantized_decode(batch: int, heads: int, kv_heads: int, tokens: int, width: int, bytes_of_pairs: int) -> Work:
+    """One query over quantised pairs: codes and scales read once."""
+    moved = bytes_of_pairs + 2 * batch * heads * width * BF16
+    return Work(4 * width * batch * heads * tokens, moved, batch * heads * tokens)
+
+
 def select(batch: int, heads: int, tokens: int) -> Work:
     """Scores and tiers in, two index lists out that hold every token once."""
     return Work(0, batch * tokens * (heads * FLOAT32 + INT32 + heads * INT32))

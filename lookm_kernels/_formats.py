@@ -12,6 +12,8 @@ CODES = {"int8": torch.int8, "fp8": FP8, "int4": torch.uint8}
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 15.0}
 # int4: tokens of a block of keys, and most channels of a group of values
 BLOCK = 64
+# 4-bit codes less this are as often below 0 as above: what is rounded after them is smaller
+CENTRE = 8
 # The least step. float16 rounds smaller ones so much that 15 of them no longer span what they must; the others hold
 # anything that is not subnormal.
 LEAST_STEP = {

@@ -31,6 +31,8 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -45,11 +47,11 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def __str__(self) -> str:
-        width, dtype = self.arguments.get("D", self.arguments.get("DK", "")), ""
-        for name in ("x_ptr", "key_ptr"):
-            dtype = TYPES[self.arguments[name].dtype][1:] if name in self.arguments else dtype
+        width = next((self.arguments[name] for name in ("D", "DK", "HALF") if name in self.arguments), "")
+        tensors = [self.arguments[name] for name in ("x_ptr", "query_ptr", "key_ptr") if name in self.arguments]
+        dtypes = dict.fromkeys(TYPES[tensor.dtype][1:] for tensor in tensors)
         flags = [name for name, value in self.arguments.items() if value is True]
-        return "-".join(str(part) for part in (self.kernel.__name__, dtype, width, *flags) if part != "")
+        return "-".join(str(part) for part in (self.kernel.__name__, *dtypes, width, *flags) if part != "")
 
     def compiled(self, target: GPUTarget) -> CompiledKernel:
         """As Triton would specialise it: 1 and None are constants, multiples of 16 are known to be."""

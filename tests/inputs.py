@@ -14,7 +14,7 @@ import lookm_kernels
 IN_PLACE = ("merge_", "compact_", "compress_")
 # with ".out" into tensors of their own
 OPS = (
-    *("attention_scores", "kept_attention", "select_tokens", "nearest_kept"),
+    *("attention_scores", "kept_attention", "select_tokens", "nearest_kept", "quantize_pairs", "quantized_attention"),
     *IN_PLACE,
     *(f"{op}.out" for op in IN_PLACE),
 )
@@ -79,8 +79,21 @@ def only_written(view: Tensor, before: Tensor, written: Tensor) -> bool:
     return same_bits(memory(view)[~marks], before[~marks])
 
 
+def quantize_pairs(**given: Any) -> tuple[Tensor | None, ...]:
+    """The public function, with the results of the op."""
+    return lookm_kernels.quantize_pairs(**given)[:6]
+
+
+def quantized_attention(query: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    """The public function, with the arguments of the op: each tensor of the pairs."""
+    pairs = lookm_kernels.QuantizedPairs(**{name: given.pop(name) for name in lookm_kernels.QuantizedPairs._fields})
+    return lookm_kernels.quantized_attention(query, pairs, **given)
+
+
 def public(op: str) -> Callable[..., Any]:
-    """The public function of an op."""
+    """The public function of an op, with the arguments of the op."""
+    if op in ("quantize_pairs", "quantized_attention"):
+        return globals()[op]
     function: Callable[..., Any] = getattr(lookm_kernels, op.partition(".")[0])
     return function
 
@@ -144,6 +157,21 @@ def arguments(op: str, device: torch.device | str = "cpu", batch: int = 2, seed:
             "key_end": tokens - torch.arange(batch, dtype=torch.int32, device=device),
             "mask": random(seed + 3, batch, 1, queries, tokens, device=device) > -1,
             "causal": True,
+            "scale": 0.3,
+            "softcap": 20.0,
+        }
+    if op == "quantize_pairs":
+        start = torch.arange(batch, dtype=torch.int32, device=device)
+        return {"key": key, "value": value[..., :4].contiguous(), "format": "int4", "key_start": start}
+    if op == "quantized_attention":
+        pairs = lookm_kernels.quantize_pairs(**arguments("quantize_pairs", device, batch, seed))._asdict()
+        start = pairs.pop("key_start")
+        return {
+            "query": random(seed + 4, batch, 2 * heads, queries, width, device=device),
+            **pairs,
+            "key_bias": random(seed + 5, batch, heads, tokens - 3, device=device),
+            "key_start": start,
+            "key_end": tokens - start,
             "scale": 0.3,
             "softcap": 20.0,
         }

@@ -16,7 +16,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 KERNELS, LOOKM, CSRC = ROOT / "lookm_kernels", ROOT / "python" / "lookm", ROOT / "csrc"
-OPS = {"scores", "select", "nearest", "merge", "compact", "compress", "kept_attention"}
+OPS = {
+    "scores",
+    "select",
+    "nearest",
+    "merge",
+    "compact",
+    "compress",
+    "kept_attention",
+    "quantize",
+    "quantized_attention",
+}
 LEAVES = {f"lookm_kernels.{name}" for name in ("_ambient", "_checks", "_formats", "_version")}
 PUBLIC = {"lookm_kernels", "lookm_kernels.rules", "lookm_kernels._version"}
 

@@ -253,6 +253,40 @@ BAD = (
         Bad("kept_attention", "mask", lambda x: x[..., 1:], ValueError, "[2, 6, 9, 13]", "[2, 1, 9, 12]"),
         Bad("kept_attention", "scale", constant(0.0), ValueError, "positive", "0.0"),
         Bad("kept_attention", "softcap", constant(-1.0), ValueError, "positive", "-1.0"),
+        Bad("quantize_pairs", "key", lambda x: x.int(), TypeError, "float16 or bfloat16", "torch.int32"),
+        Bad("quantize_pairs", "key", lambda x: x[..., :7], ValueError, "of an even width for int4", "[2, 3, 13, 7]"),
+        Bad("quantize_pairs", "key", every_second_column, ValueError, "unit-stride", "2)"),
+        Bad("quantize_pairs", "value", lambda x: x[..., :3], ValueError, "of an even width for int4", "[2, 3, 13, 3]"),
+        Bad("quantize_pairs", "value", lambda x: x[:, :, 1:], ValueError, "[2, 3, 13] like `key`", "[2, 3, 12, 4]"),
+        Bad("quantize_pairs", "format", constant("int2"), ValueError, "one of ['int8', 'fp8', 'int4']", "'int2'"),
+        Bad("quantize_pairs", "key_start", lambda x: x[:1], ValueError, "[B] = [2]", "[1]"),
+        Bad("quantize_pairs", "key_start", lambda x: x.long(), TypeError, "int32", "torch.int64"),
+        Bad("quantize_pairs", "key_start", first_set_to(14), ValueError, "from 0 to 13", "[0, 14]", reads=True),
+        Bad("quantized_attention", "query", lambda x: x.int(), TypeError, "float16 or bfloat16", "torch.int32"),
+        Bad("quantized_attention", "query", every_second_column, ValueError, "unit-stride", "(864, 144, 16, 2)"),
+        Bad("quantized_attention", "key", lambda x: x.float(), TypeError, "int8 or float8_e4m3fn or uint8", "float32"),
+        Bad("quantized_attention", "key", lambda x: x[:1], ValueError, "batch size 2", "[1, 3, 13, 4]"),
+        Bad("quantized_attention", "key", lambda x: x[..., :3], ValueError, "head dimension 8", "[2, 3, 13, 3]"),
+        Bad(
+            "quantized_attention",
+            "key",
+            lambda x: x.repeat(1, 1, 1, 2).char(),
+            ValueError,
+            "torch.int8",
+            "uint8",
+            named="value",
+        ),
+        Bad("quantized_attention", "value", lambda x: x[:, :, :9], ValueError, "[2, 3, 13]", "[2, 3, 9, 2]"),
+        Bad("quantized_attention", "key_scale", lambda x: x[..., 1:], ValueError, "[2, 3, 1, 8]", "[2, 3, 1, 7]"),
+        Bad("quantized_attention", "key_scale", torch.Tensor.int, TypeError, "float16 or bfloat16", "torch.int32"),
+        Bad("quantized_attention", "key_zero", constant(None), ValueError, "a tensor with codes of uint8", "None"),
+        Bad("quantized_attention", "value_scale", lambda x: x[0], ValueError, "[B, H, N, groups]", "[3, 13, 2]"),
+        Bad("quantized_attention", "value_zero", lambda x: x[..., :1], ValueError, "[2, 3, 13, 2]", "[2, 3, 13, 1]"),
+        Bad("quantized_attention", "key_bias", lambda x: x.repeat(1, 1, 2), ValueError, "at most 13", "[2, 3, 20]"),
+        Bad("quantized_attention", "key_start", first_set_to(14), ValueError, "from 0 to 13", "[0, 14]", reads=True),
+        Bad("quantized_attention", "key_end", first_set_to(14), ValueError, "from 0 to 13", "[13, 14]", reads=True),
+        Bad("quantized_attention", "scale", constant(0.0), ValueError, "positive", "0.0"),
+        Bad("quantized_attention", "softcap", constant(-1.0), ValueError, "positive", "-1.0"),
         Bad("compress_", "scores", lambda x: x[:, :2], ValueError, "[B, H, N] = [2, 3, 13]", "[2, 2, 13]"),
         Bad("compress_", "rule", constant("mean"), ValueError, "one of ['average', ", "'mean'"),
         Bad("compress_", "gate", constant("median"), ValueError, "None or one of ['mean_similarity']", "'median'"),
@@ -352,7 +386,7 @@ def test_a_gradient(device: torch.device, op: str, argument: str) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a process either interprets or compiles")
-@pytest.mark.parametrize(("op", "argument"), [pair for pair in TENSORS if pair[1] in ("key", "value")])
+@pytest.mark.parametrize(("op", "argument"), [pair for pair in FLOATS if pair[1] in ("key", "value")])
 def test_bfloat16_in_the_interpreter_of_triton(device: torch.device, op: str, argument: str) -> None:
     """Its products of bfloat16 are garbage."""
     given = arguments(op, device)

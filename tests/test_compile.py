@@ -9,6 +9,7 @@ import pytest
 import torch
 from inputs import INTERPRETED
 from packaging.version import Version
+from torch import Tensor
 
 if INTERPRETED:
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
@@ -19,7 +20,19 @@ from compiled import TARGETS, Launch, empty, recorded, resources  # noqa: E402
 
 from lookm_kernels._checks import FP8  # noqa: E402
 from lookm_kernels._dispatch import WIDEST_HEAD  # noqa: E402
-from lookm_kernels.triton import _configs, _lse, compact, kept_attention, merge, nearest, scores, select  # noqa: E402
+from lookm_kernels._formats import CODES, new_codes  # noqa: E402
+from lookm_kernels.triton import (  # noqa: E402
+    _configs,
+    _lse,
+    compact,
+    kept_attention,
+    merge,
+    nearest,
+    quantize,
+    quantized_attention,
+    scores,
+    select,
+)
 from lookm_kernels.triton._configs import row_bytes  # noqa: E402
 
 # bytes a thread may spill with float32 or with a mask, else none; older releases of Triton spill more
@@ -66,6 +79,7 @@ def launch_all(float8: bool) -> None:
             kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, start, None, True, 0.1, None)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
+        launch_quantized(dtype, width, start)
     # as torch.autocast gives them
     key, value = empty(BATCH, HEADS, TOKENS, 80), empty(BATCH, HEADS, TOKENS, 80, dtype=torch.bfloat16)
     merge.merge_(key, value, kept, evicted, evicted, evicted.float(), kept.float())
@@ -82,6 +96,19 @@ def launch_all(float8: bool) -> None:
     kept_attention.kept_attention(one, one, one, None, None, None, None, True, 0.1, None)
     merge.merge_(one, one, place, place, place, one[0], one[0])
     compact.compact_(one, one, place)
+
+
+def launch_quantized(dtype: torch.dtype, width: int, start: Tensor) -> None:
+    """int8 and int4 for many queries; at 128 channels also fp8, which is int8 but for its codes, and one query."""
+    x, votes = empty(BATCH, HEADS, KEPT, width, dtype=dtype), empty(BATCH, HEADS, KEPT)
+    for format in CODES if width == 128 else ("int8", "int4"):
+        codes = new_codes(x, format, True, False), new_codes(x, format, False, False)
+        for of_keys, outs in zip((True, False), codes, strict=True):
+            quantize.quantize_pairs(x, *outs, format, of_keys, start)
+        pairs = [None if tensor.numel() == 0 else tensor for outs in codes for tensor in outs]
+        for queries, softcap in ((300, 50.0), (1, None))[: 2 if width == 128 else 1]:
+            query = empty(BATCH, 4 * HEADS, queries, width, dtype=dtype)
+            quantized_attention.quantized_attention(query, *pairs, votes, start, start, 0.1, softcap)
 
 
 def launches() -> dict[str, tuple[Launch, str]]:
@@ -104,6 +131,8 @@ def test_fits(launch: Launch, chip: str) -> None:
     assert launch.options["enable_fp_fusion"] is False
     assert kernel.metadata.shared <= shared
     demanding = any(launch.arguments.get(flag) for flag in ("HAS_MASK", "HAS_VALUE")) or "-fp32-" in str(launch)
+    # a head of 512 in 4 bits
+    demanding |= bool(launch.arguments.get("PACKED")) and launch.arguments["D"] == 256
     assert not BOUND_HOLDS or resources(kernel)[1] <= (MOST_SPILLED if demanding else 0)
 
 
@@ -148,7 +177,11 @@ def test_the_main_loop_is_the_shortest_that_multiplies() -> None:
 
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize(
-    "tables", [_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS, nearest.GROUP_CONFIGS, kept_attention.CONFIGS]
+    "tables",
+    [
+        *(_lse.CONFIGS, scores.CONFIGS, nearest.CONFIGS, nearest.GROUP_CONFIGS, kept_attention.CONFIGS),
+        quantized_attention.CONFIGS,
+    ],
 )
 def test_every_head_has_a_configuration(tables: dict[str, dict[int, Any]], dtype: torch.dtype) -> None:
     assert set(tables) == set(TARGETS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lookm_kernels._checks import FP8
-from lookm_kernels._formats import BLOCK, blocks_of, channel_groups
+from lookm_kernels._formats import BLOCK, CENTRE, blocks_of, channel_groups
 from lookm_kernels.reference.kept_attention import Rows, attend_rows, product_of_parts, sum_of_parts, tokens_of_part
 
 
@@ -106,13 +106,12 @@ class Packed(NamedTuple):
         return *self.codes.shape[:2], 2 * self.codes.shape[2]
 
     def logits(self, query: Tensor, scale: float) -> Tensor:
-        own = self.scale.to(query.dtype), self.zero.to(query.dtype)
-        return product_of_parts(query, _keys(self.codes, *own), scale)
+        return product_of_parts(query, _keys(self.codes, *self._centred(query.dtype)), scale)
 
     def weighted(self, attention: Tensor) -> Tensor:
         """Weights by group, as its scales are: fewer products than of the values."""
-        scales, groups = self.scale.to(attention.dtype), channel_groups(self.shape[2])
-        rest = attention @ self.zero.to(attention.dtype)
+        scales, zeros = self._centred(attention.dtype)
+        rest, groups = attention @ zeros, channel_groups(self.shape[2])
         sums = [
             rest[..., group, None].repeat(1, 1, channels.stop - channels.start) for group, channels in enumerate(groups)
         ]
@@ -124,6 +123,11 @@ class Packed(NamedTuple):
                 sums[group].baddbmm_(weights, part[..., channels])
             begin = places.stop
         return torch.cat(sums, -1)
+
+    def _centred(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The scale, and what the code CENTRE stands for."""
+        scale = self.scale.to(dtype)
+        return scale, self.zero.to(dtype) + CENTRE * scale
 
 
 def _keys(codes: Tensor, scale: Tensor, zero: Tensor) -> Iterator[Tensor]:
@@ -141,13 +145,14 @@ def _keys(codes: Tensor, scale: Tensor, zero: Tensor) -> Iterator[Tensor]:
 
 
 def _nibbles(codes: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The codes as numbers, whole blocks at a time but for the last, all channels of a token beside each other."""
+    """The codes less CENTRE, whole blocks at a time but for the last, all channels of a token beside each other."""
     heads, tokens, half = codes.shape
     size = blocks_of(tokens_of_part(heads, tokens, 2 * half)) * BLOCK
     buffer = codes.new_empty((heads, size, 2 * half), dtype=dtype)
     bits = codes.new_empty((heads, size, half))
     for part in torch.split(codes, size, 1):
         here, few = buffer[:, : part.shape[1]], bits[:, : part.shape[1]]
-        here[..., :half].copy_(torch.bitwise_and(part, 15, out=few))
-        here[..., half:].copy_(torch.bitwise_right_shift(part, 4, out=few))
+        # below 0 a byte wraps around
+        here[..., :half].copy_(torch.bitwise_and(part, 15, out=few).sub_(CENTRE).view(torch.int8))
+        here[..., half:].copy_(torch.bitwise_right_shift(part, 4, out=few).sub_(CENTRE).view(torch.int8))
         yield here

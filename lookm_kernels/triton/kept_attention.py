@@ -6,14 +6,15 @@ padding changes a bit. A second pass adds the splits of a query in order.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lookm_kernels.triton._configs import Config, block_and_row, launch, padded_width
+from lookm_kernels.triton._configs import FLOAT32, Config, Table, block_and_row, launch, padded_width
 from lookm_kernels.triton._lse import LOG2_E, base2_logits
 
 # by chip, then bytes of a padded row: most packed queries, and keys of a tile
@@ -28,6 +29,16 @@ CANDIDATES = [
     Config(32, 64, 4, 3),
     Config(16, 128, 4, 3),
 ]
+
+
+class Tiles(NamedTuple):
+    """What `launch` chooses from."""
+
+    configs: Table
+    candidates: list[Config]
+    float32: dict[int, Config] = FLOAT32
+
+
 # keys of a split where one tile holds all queries of a KV head; twice as many where it takes two, and so on: what the
 # splits leave in memory does not grow with the queries
 SPLIT_KEYS = 256
@@ -38,11 +49,24 @@ SPLITS_AT_ONCE = 16
 
 
 @triton.jit
+def weigh(x, top, total):
+    """Base-2 logits [BLOCK_M, BLOCK_N] after others, of which `top` is the largest and `total` the sum of exponentials.
+
+    (exponentials over the new top, what sums over the old one are multiplied by, new top, new total).
+    """
+    new_top = tl.maximum(top, tl.max(x, 1))
+    # a query that sees nothing yet has no maximum: 0 keeps its exponentials 0 rather than NaN
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    attention, kept = tl.exp2(x - safe[:, None]), tl.exp2(top - safe)
+    return attention, kept, new_top, total * kept + tl.sum(attention, 1)
+
+
+@triton.jit
 def _split_kernel(
-    query_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, end_ptr, mask_ptr, partial_ptr, top_ptr, total_ptr,
+    query_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, end_ptr, mask_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_bb, stride_bh, stride_bn, stride_mb, stride_mh, stride_mm, stride_mn,
-    KV_HEADS, GROUP, M, N, P, D, DV, SPLITS, SPLIT, scale, softcap,
+    KV_HEADS, GROUP, M, N, P, D, DV, scale, softcap, partial_ptr, top_ptr, total_ptr, SPLITS, SPLIT,
     CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -95,15 +119,10 @@ def _split_kernel(
             seen_place = row_place[:, None] + n[None, :].to(tl.int64) * stride_mn
             visible = visible & (tl.load(mask_ptr + seen_place, mask=(r < ROWS)[:, None] & visible, other=0) != 0)
         x = tl.where(visible, x, float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, 1))
-        # a query that sees nothing yet has no maximum: 0 keeps its exponentials 0 rather than NaN
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        attention, kept = tl.exp2(x - safe[:, None]), tl.exp2(top - safe)
-        total = total * kept + tl.sum(attention, 1)
+        attention, kept, top, total = weigh(x, top, total)
         value_place = n[:, None].to(tl.int64) * stride_vn + dv[None, :]
         value = tl.load(value_ptr + value_place, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
         sums = tl.dot(attention.to(value.dtype), value, sums * kept[:, None], input_precision="ieee")
-        top = new_top
     place = (pid * SPLITS + split) * ROWS + r
     tl.store(top_ptr + place, top, mask=r < ROWS)
     tl.store(total_ptr + place, total, mask=r < ROWS)
@@ -152,6 +171,53 @@ def _combine_kernel(
     tl.store(lse_ptr + place, lse)
 
 
+def in_splits(
+    op: str,
+    kernel: Any,
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+    query: Tensor,
+    kv_heads: int,
+    tokens: int,
+    value_width: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of query [B, Hq, M, D] over N pairs: `kernel` attends to each split, then they are joined.
+
+    The kernel gets `arguments`, the constants `options`, and where to write.
+    """
+    batch, heads, queries, width = query.shape
+    group = heads // kv_heads
+    rows, programs = group * queries, batch * kv_heads
+    block_dv = padded_width(value_width, query.dtype)
+    out = query.new_empty((batch, heads, queries, value_width))
+    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    flags = {name: options.get(name, False) for name in ("CAUSAL", "HAS_START", "HAS_END")}
+
+    def run(tile: Config) -> None:
+        keys = FLOAT32_KEYS if query.dtype == torch.float32 else tile.columns
+        block = min(tile.rows, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
+        blocks = triton.cdiv(rows, block)
+        split = SPLIT_KEYS * blocks
+        splits = triton.cdiv(tokens, split)
+        partial = lse.new_empty((programs, splits, rows, value_width))
+        top, total = lse.new_empty((2, programs, splits, rows))
+        kernel[(programs * blocks * splits,)](
+            *arguments, partial_ptr=partial, top_ptr=top, total_ptr=total, SPLITS=splits, SPLIT=split, **options,
+            BLOCK_M=block, BLOCK_N=keys, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        _combine_kernel[(programs * rows,)](
+            partial, top, total, key_start, key_end, out, lse, kv_heads, group, queries, tokens, value_width, splits,
+            split, **flags, BLOCK_S=SPLITS_AT_ONCE, BLOCK_DV=block_dv, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    sizes = (kv_heads, group, queries, tokens, width, value_width, *options.values())
+    launch(op, tiles.configs, tiles.candidates, query if width > value_width else out, sizes, run, tiles.float32)
+    return out, lse
+
+
 def kept_attention(
     query: Tensor,
     key: Tensor,
@@ -167,41 +233,22 @@ def kept_attention(
     """See lookm_kernels.kept_attention."""
     batch, heads, queries, width = query.shape
     kv_heads, tokens, value_width = value.shape[1:]
-    group = heads // kv_heads
-    rows, programs = group * queries, batch * kv_heads
     key_bias = None if key_bias is None else key_bias.float()
     bias_strides = (0, 0, 0) if key_bias is None else key_bias.stride()
     mask_strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, -1, -1).stride()
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias_strides, *mask_strides)
     biased = 0 if key_bias is None else key_bias.shape[2]
+    sizes = (kv_heads, heads // kv_heads, queries, tokens, biased, width, value_width)
+    arguments = (query, key, value, key_bias, key_start, key_end, mask, *strides, *sizes, scale, softcap or 1.0)
     # one query stands at the last key and sees all
-    flags: dict[str, Any] = {"CAUSAL": causal and queries > 1}
-    flags |= {"HAS_START": key_start is not None, "HAS_END": key_end is not None}
-    options = {"HAS_BIAS": key_bias is not None, "HAS_MASK": mask is not None, "HAS_SOFTCAP": softcap is not None}
-    block_dv = padded_width(value_width, value.dtype)
-    out = query.new_empty((batch, heads, queries, value_width))
-    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-
-    def run(tile: Config) -> None:
-        keys = FLOAT32_KEYS if key.dtype == torch.float32 else tile.columns
-        block = min(tile.rows, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
-        blocks = triton.cdiv(rows, block)
-        split = SPLIT_KEYS * blocks
-        splits = triton.cdiv(tokens, split)
-        partial = lse.new_empty((programs, splits, rows, value_width))
-        top, total = lse.new_empty((2, programs, splits, rows))
-        _split_kernel[(programs * blocks * splits,)](
-            query, key, value, key_bias, key_start, key_end, mask, partial, top, total, *strides,
-            kv_heads, group, queries, tokens, biased, width, value_width, splits, split, scale, softcap or 1.0,
-            **flags, **options, BLOCK_M=block, BLOCK_N=keys, BLOCK_D=padded_width(width, key.dtype),
-            BLOCK_DV=block_dv, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-        )  # fmt: skip
-        _combine_kernel[(programs * rows,)](
-            partial, top, total, key_start, key_end, out, lse, kv_heads, group, queries, tokens, value_width, splits,
-            split, **flags, BLOCK_S=SPLITS_AT_ONCE, BLOCK_DV=block_dv, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-    wider = key if width > value_width else value
-    sizes = (kv_heads, group, queries, tokens, width, value_width, *flags.values(), *options.values())
-    launch("kept_attention", CONFIGS, CANDIDATES, wider, sizes, run)
-    return out, lse
+    options: dict[str, Any] = {
+        "CAUSAL": causal and queries > 1,
+        "HAS_START": key_start is not None,
+        "HAS_END": key_end is not None,
+    }
+    options |= {"HAS_BIAS": key_bias is not None, "HAS_MASK": mask is not None, "HAS_SOFTCAP": softcap is not None}
+    options |= {"BLOCK_D": padded_width(width, key.dtype), "BLOCK_DV": padded_width(value_width, value.dtype)}
+    return in_splits(
+        "kept_attention", _split_kernel, arguments, options, query, kv_heads, tokens, value_width, key_start, key_end,
+        Tiles(CONFIGS, CANDIDATES),
+    )  # fmt: skip
