@@ -79,7 +79,8 @@ def launch_all(float8: bool) -> None:
             kept_attention.kept_attention(some[:, :, :1], key, key, votes, start, start, None, True, 0.1, None)
         if dtype != torch.float32:
             scores.attention_scores(query, key, 0.1, True, *[None] * 7)
-        launch_quantized(dtype, width, start)
+        if dtype != torch.float32 or width >= 128:
+            launch_quantized(dtype, width, start)
     # as torch.autocast gives them
     key, value = empty(BATCH, HEADS, TOKENS, 80), empty(BATCH, HEADS, TOKENS, 80, dtype=torch.bfloat16)
     merge.merge_(key, value, kept, evicted, evicted, evicted.float(), kept.float())
