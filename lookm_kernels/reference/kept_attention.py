@@ -114,9 +114,9 @@ def _attend(
     """
     (heads, queries, width), (kv_heads, tokens, _) = query.shape, key.shape
     dtype = accumulation_dtype(query.dtype)
-    if isinstance(key, Whole) and isinstance(value, Whole) and queries == 1 and mask is None and softcap is None:
-        if query.device.type == "cpu":
-            return _attend_fused(query, key.x, value.x, bias, scale)
+    plain = queries == 1 and mask is None and softcap is None
+    if plain and isinstance(key, Whole) and isinstance(value, Whole) and query.device.type == "cpu":
+        return _attend_fused(query, key.x, value.x, bias, scale)
     # the queries of all heads of a KV head are rows of one product: no key is expanded
     packed = query.to(dtype).reshape(kv_heads, -1, width)
     packed_logits = key.logits(packed, scale)
