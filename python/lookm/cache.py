@@ -31,22 +31,21 @@ from lookm.modality import (
     tokens_of,
 )
 from lookm.observe import install, over_generate
+from lookm.options import check_options
 from lookm.parallel import check_policy
 from lookm.plan import Settings
-from lookm.policy import Policy, is_count, resolve_policy
+from lookm.policy import Policy, resolve_policy
 from lookm.refusals import NO_ASSISTANT, NOT_INTERCEPTED
 from lookm.report import Report, layer_report
 from lookm.segments import item_starts
 from lookm.store.fixed import Fixed, Steps
 from lookm.store.growing import Growing
+from lookm.store.quantized import Quantized
 from lookm.supported import check_config, check_masks, of_fixed_size
 from lookm.window import check_by_head
 
 DEFAULT_BUDGET = 0.2
 DEFAULT_POLICY = "auto"
-LATER_TURNS = ("dense", "segment")
-GENERATED = ("whole", "window")
-WHEN_FULL = ("raise", "double")
 MORE_PROMPT = (
     "lookm: the first {first} tokens were compressed as the whole prompt, and {more} more follow. If they are the rest "
     "of it, declare that: LookMCache(..., prompt_length=TOKENS). If they are a later turn, say later_turns='dense' or "
@@ -95,6 +94,9 @@ class LookMCache(DynamicCache):
             and `generate` compiles decoding into one graph where it compiles at all (on GPUs, unless disable_compile
             is set). None (default): the cache grows, and every step copies it.
         when_full: "raise" (default), a ValueError before anything is overwritten, or "double", twice as many slots.
+        quantize: "int8", "fp8" or "int4" (see lookm_kernels.quantize_pairs): what stays of the prompt, all but its
+            newest 32 tokens, is held in so many bits; what comes later stays whole, and so do sliding layers. None
+            (default): nothing is. A budget in bytes counts pairs as they are before.
         generated: what becomes of an answer: "whole" (default), it stays and the cache grows; "window", everything that
             is stored is compressed to the budget again whenever `compress_every` more tokens came, by the attention
             that all tokens paid, and likewise after a later turn: one budget for the whole conversation, of which the
@@ -122,6 +124,7 @@ class LookMCache(DynamicCache):
         later_turns: str | None = None,
         max_new_tokens: int | None = None,
         when_full: str = "raise",
+        quantize: str | None = None,
         generated: str = "whole",
         compress_every: int = 256,
         image_mask: Tensor | None = None,
@@ -136,27 +139,8 @@ class LookMCache(DynamicCache):
             raise NotImplementedError(
                 f"lookm: transformers makes no DynamicCache for {config.model_type}: {error}"
             ) from error
-        for name, value, accepted in (
-            ("later_turns", later_turns, (None, *LATER_TURNS)),
-            ("when_full", when_full, WHEN_FULL),
-            ("generated", generated, GENERATED),
-        ):
-            if value not in accepted:
-                raise ValueError(f"`{name}` must be one of {tuple(filter(None, accepted))}, got {value!r}")
-        for name, count in (
-            ("prompt_length", prompt_length),
-            ("max_new_tokens", max_new_tokens),
-            ("compress_every", compress_every),
-        ):
-            if count is not None and not (is_count(count) and count >= 1):
-                raise ValueError(f"`{name}` must be a number of tokens, 1 or more, got {count!r}")
-        if when_full == "double" and max_new_tokens is None:
-            raise ValueError("`when_full` is for a cache of fixed size: give `max_new_tokens` too")
+        check_options(later_turns, prompt_length, max_new_tokens, when_full, quantize, generated, compress_every)
         streams = generated == "window"
-        if streams and later_turns == "dense":
-            raise ValueError("`later_turns` must be 'segment' with generated='window', got 'dense'")
-        if streams and max_new_tokens is not None:
-            raise ValueError("`max_new_tokens` must not be given with generated='window', whose size changes")
         is_tensor = isinstance(image_mask, Tensor)
         if image_mask is not None and not (is_tensor and image_mask.ndim == 2 and image_mask.dtype == torch.bool):
             got = f"{image_mask.dtype} {list(image_mask.shape)}" if is_tensor else type(image_mask).__name__
@@ -185,14 +169,16 @@ class LookMCache(DynamicCache):
         self.warn_of_more = later_turns is None and prompt_length is None and not streams
         self.steps = Steps(doubles=when_full == "double")
         self.layers = [
-            LookMLayer(settings, self.forward_state, self._new_store(max_new_tokens)) if replaced else layer
+            LookMLayer(settings, self.forward_state, self._new_store(max_new_tokens, quantize)) if replaced else layer
             for layer, replaced in zip(self.layers, compressible, strict=True)
         ]
         if max_new_tokens is not None:
             self.layers = [of_fixed_size(layer) for layer in self.layers]
         watch(model)
 
-    def _new_store(self, max_new_tokens: int | None) -> Growing:
+    def _new_store(self, max_new_tokens: int | None, quantize: str | None) -> Growing:
+        if quantize is not None:
+            return Quantized(quantize)
         return Growing() if max_new_tokens is None else Fixed(max_new_tokens, self.steps)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

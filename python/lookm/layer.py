@@ -42,6 +42,7 @@ from lookm.refusals import (
 from lookm.rows import StoringLayer, grown
 from lookm.store.fixed import Fixed
 from lookm.store.growing import Growing
+from lookm.store.quantized import Quantized
 from lookm.window import Rows, Window
 
 
@@ -63,7 +64,12 @@ class LookMLayer(StoringLayer):
         """Whether transformers' attention cannot do it: votes, layers with numbers of their own, buffers not full."""
         uneven = self.settings.policy.uneven and bool(self.evicted)
         streams = self.window is not None and self.compressed
-        return self.votes is not None or uneven or streams or self.store.settled
+        return self.votes is not None or uneven or streams or self.store.settled or self._coded is not None
+
+    @property
+    def _coded(self) -> Quantized | None:
+        """The store where it holds pairs in few bits."""
+        return self.store if isinstance(self.store, Quantized) and self.store.pairs is not None else None
 
     def _slots_for(self, queries: int) -> Fixed | None:
         """The store where the next tokens find slots in buffers that are attended to as they are."""
@@ -203,6 +209,9 @@ class LookMLayer(StoringLayer):
         if not reading:
             if padded is not None:
                 self._note_places()
+            if self._coded is not None:
+                # what the model's attention would get is not made
+                return tag(key_states, self.follow), value_states
             unusual = self.attends_by_itself or (self.forward.masks(self.seen - new, new) and self.forward.unusual)
             return tag(self.keys, self.follow) if unusual else self.keys, self.values
         if self.compressed:
@@ -333,9 +342,11 @@ class LookMLayer(StoringLayer):
 
     def _held(self) -> Held:
         hidden = self.forward.hidden
-        return Held(
-            self.keys, self.values, self.valid, None if hidden is None else self.places_of(hidden), self.key_bias
-        )
+        places, coded = None if hidden is None else self.places_of(hidden), self._coded
+        if coded is None:
+            return Held(self.keys, self.values, self.valid, places, self.key_bias)
+        keys, values = coded.tail
+        return Held(keys, values, self.valid, places, self.key_bias, coded.pairs)
 
     def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
         """The mask of an attention call, made true for what this layer holds."""

@@ -18,8 +18,13 @@ import lookm_kernels
 from lookm.forward import Forward
 from lookm.masks import causal_without_mask, is_4d, left_padding, padding_mask, visible
 from lookm.store.fixed import Fixed
+from lookm_kernels import QuantizedPairs
 
 DROPOUT = "lookm: attention with dropout ({}) over pairs with votes is not supported: call model.eval()"
+NOT_ALIKE = (
+    "lookm: `attention_mask` in 4D lets queries see different parts of what is stored in few bits: not supported; give "
+    "a 2D mask over all tokens"
+)
 WIDTH = (
     "`attention_mask` in 4D must be as wide as what each layer holds, got {got} where this one has {stored} places: "
     "give a 2D mask over all tokens, read and new ones"
@@ -28,8 +33,9 @@ WIDTH = (
 
 @dataclass(frozen=True)
 class Held:
-    """What a layer holds, the new tokens included: keys, values [B, H, stored, D].
+    """What a layer holds, the new tokens included: `pairs` and, behind them, keys, values [B, H, whole, D].
 
+    pairs: those in few bits; None: all are whole.
     valid [B, stored] bool: places that are no padding, None: all. hidden [B, H, stored] bool: places that this
     forward's mask hides besides, None: none. key_bias [B, H, P] float32: log votes of the first P places, None: 0.
     """
@@ -39,6 +45,17 @@ class Held:
     valid: Tensor | None
     hidden: Tensor | None
     key_bias: Tensor | None
+    pairs: QuantizedPairs | None = None
+
+    @property
+    def coded(self) -> int:
+        """Places in few bits."""
+        return 0 if self.pairs is None else int(self.pairs.key.shape[2])
+
+    @property
+    def stored(self) -> int:
+        """All places."""
+        return self.coded + int(self.keys.shape[2])
 
     def bias(self) -> Tensor | None:
         """What is added to the logits, minus infinity for what is hidden."""
@@ -60,7 +77,7 @@ def what_is_seen(
     the mask overlay was made for the layer that transformers asked: only its columns of new tokens are right for every
     layer, and a sound one shows all that was stored.
     """
-    stored, valid, queries = held.keys.shape[2], held.valid, query.shape[2]
+    stored, valid, queries = held.stored, held.valid, query.shape[2]
     if not is_4d(mask) or forward.is_plain(mask):
         causal = True if is_4d(mask) else causal_without_mask(implementation, module, arguments.get("is_causal"))
         start = None if valid is None else forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
@@ -82,17 +99,47 @@ def attend(held: Held, query: Tensor, seen: dict[str, Any], arguments: dict[str,
     """
     if arguments.get("dropout"):
         raise NotImplementedError(DROPOUT.format(arguments["dropout"]))
-    output, lse = lookm_kernels.kept_attention(
+    logits: dict[str, Any] = {"scale": arguments.get("scaling"), "softcap": arguments.get("softcap")}
+    bias = held.bias()
+    if held.pairs is None:
+        output, lse = lookm_kernels.kept_attention(
+            query, held.keys, held.values, key_bias=bias, return_lse=True, **logits, **seen
+        )
+    else:
+        output, lse = _attend_to_codes(held, held.pairs, query, bias, seen, logits)
+    return output.transpose(1, 2).contiguous(), lse
+
+
+def _attend_to_codes(
+    held: Held, pairs: QuantizedPairs, query: Tensor, bias: Tensor | None, seen: dict[str, Any], logits: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Over the pairs in few bits, which all queries see alike, and over the whole ones behind them."""
+    coded, mask, start = held.coded, seen["mask"], seen["key_start"]
+    if mask is not None:
+        hidden = ~mask[:, :1, -1:, :coded]
+        if bool((mask[..., :coded] == hidden).any()):
+            raise NotImplementedError(NOT_ALIKE)
+        alike = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        alike = alike[:, :, 0].expand(*pairs.key.shape[:3])
+        before = bias if bias is None else pad(bias[:, :, :coded], (0, max(0, coded - bias.shape[2])))
+        bias = torch.cat(
+            [alike if before is None else alike + before, *([] if bias is None else [bias[:, :, coded:]])], 2
+        )
+    of_codes = lookm_kernels.quantized_attention(
+        query, pairs, key_bias=None if bias is None else bias[:, :, :coded], **logits
+    )
+    of_whole = lookm_kernels.kept_attention(
         query,
         held.keys,
         held.values,
-        key_bias=held.bias(),
-        scale=arguments.get("scaling"),
-        softcap=arguments.get("softcap"),
+        key_bias=None if bias is None or bias.shape[2] <= coded else bias[:, :, coded:],
+        key_start=None if start is None else (start - coded).clamp(min=0),
+        mask=None if mask is None else mask[..., coded:],
+        causal=seen["causal"],
         return_lse=True,
-        **seen,
+        **logits,
     )
-    return output.transpose(1, 2).contiguous(), lse
+    return lookm_kernels.combine_attention(*zip(of_codes, of_whole, strict=True))
 
 
 def attend_to_buffers(store: Fixed, end: Tensor, query: Tensor, arguments: dict[str, Any]) -> Tensor:

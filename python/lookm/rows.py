@@ -125,9 +125,10 @@ class StoringLayer(DynamicLayer):
     def kept_positions(self) -> Tensor:
         """[B, H, stored] int32: the original position of every stored place, -1 for an empty one."""
         known = 0 if self.kept is None else self.kept.shape[2]
-        tail = torch.arange(
-            self.seen - (self.stored - known), self.seen, dtype=torch.int32, device=self.keys.device
-        ).expand(*self.keys.shape[:2], -1)
+        like = self.keys if self.kept is None else self.kept
+        tail = torch.arange(self.seen - (self.stored - known), self.seen, dtype=torch.int32, device=like.device).expand(
+            *like.shape[:2], -1
+        )
         valid = self.valid
         if valid is not None:
             tail = tail.masked_fill(~valid[:, None, known:], -1)
