@@ -59,6 +59,8 @@ families: $(VENV)/.ready
 
 quality: $(VENV)/.ready
 	$(BIN)/python benchmarks/quality/measure.py --split final
+	$(BIN)/python benchmarks/quality/formats.py
+	$(BIN)/python benchmarks/quality/streaming.py
 	$(BIN)/python benchmarks/report.py
 
 lint: $(VENV)/.ready

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from every_model.table import coverage
+from quality.formats import formats
+from quality.streaming import streamed
 from quality.table import against_published, beds, curves, plot_of
 from quality.table import measured as measured_beds
 from tables import decoding, devices, disassembly, draw, floors, markdown, measured, outcome, target_table
@@ -208,6 +210,8 @@ SECTIONS = {
         "beds": beds,
         "auto": against_published,
         "votes": votes,
+        "formats": formats,
+        "streaming": streamed,
         "scoring": scoring,
     },
 }

@@ -157,6 +157,27 @@ def test_a_sliding_window_is_fixed_too(graphs):
     assert graphs() == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", ["lookm", "auto"])
+def test_decoding_in_a_captured_graph(policy: str, graphs):
+    """As generate compiles by default on a GPU: mode reduce-overhead, which captures; again for another prompt."""
+    model = LLAVA.model()
+    try:
+        model.to("cuda")
+        cache = LookMCache(model, 0.4, policy, max_new_tokens=NEW)
+        for seed in (0, 7):
+            inputs = {name: x.cuda() for name, x in inputs_of(LLAVA, seed=seed).items()}
+            options = {"max_new_tokens": NEW, "do_sample": False}
+            found = model.generate(**inputs, **{cache_keyword(model): cache}, **options)
+            assert torch.equal(found, generate(model, inputs, LookMCache(model, 0.4, policy)))
+            cache.reset()
+        assert graphs() == 1
+        assert not counters["inductor"]["cudagraph_skips"]
+    finally:
+        model.to("cpu")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_beams_and_samples(how: dict[str, Any], compiled: bool):

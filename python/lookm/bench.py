@@ -25,6 +25,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from lookm.cache import LookMCache
 from lookm.modality import cache_keyword, media_token_ids
+from lookm.options import FORMATS
 from lookm.report import Report, layer_report
 from lookm.speed import Result, Row
 
@@ -99,7 +100,7 @@ def lookm_cache(
 
 
 def variants(budgets: Sequence[float | int | str], policy: str = "auto", compiled: bool = False) -> list[Variant]:
-    """The full cache, growing and of fixed size, then compressed ones of every budget.
+    """The full cache, growing and of fixed size, then compressed ones of every budget, whole and in few bits.
 
     compiled: those of fixed size decode compiled too, as `generate` has it on a GPU.
     """
@@ -107,6 +108,8 @@ def variants(budgets: Sequence[float | int | str], policy: str = "auto", compile
     fixed = [Variant(STATIC, static_cache)]
     for budget in budgets:
         found.append(Variant(compressed(budget), lookm_cache(budget, policy)))
+        for format in FORMATS:
+            found.append(Variant(f"{compressed(budget)}, {format}", lookm_cache(budget, policy, quantize=format)))
         fixed.append(Variant(compressed(budget) + FIXED, lookm_cache(budget, policy, fixed=True)))
     return found + fixed + [Variant(each.name + COMPILED, each.make, True) for each in fixed if compiled]
 

@@ -22,8 +22,8 @@ class Bed(Protocol):
     def units(self, split: Split) -> Sequence[int]:
         """The ids of a split's units; no id is in both splits."""
 
-    def measure(self, policy: lookm.Policy, budget: float | int, split: Split) -> list[dict[str, Any]]:
+    def measure(self, policy: lookm.Policy, budget: float | int, split: Split, **options: Any) -> list[dict[str, Any]]:
         """{"unit": id, name of a metric: value, ...} for every unit, in the order of `units`.
 
-        The policy `FULL` at 1.0 is what others are compared with.
+        The policy `FULL` at 1.0 is what others are compared with. options: of the LookMCache besides.
         """

@@ -62,14 +62,14 @@ class DialogueBed:
         """The seeds of a split's dialogues."""
         return UNITS[split]
 
-    def measure(self, policy: lookm.Policy, budget: float | int, split: Split) -> list[dict[str, Any]]:
+    def measure(self, policy: lookm.Policy, budget: float | int, split: Split, **options: Any) -> list[dict[str, Any]]:
         """One dict a dialogue, see the class."""
         if split not in self._scripts:
             self._scripts[split] = [self.draw(layout, split) for layout in LAYOUTS]
             self._full[split] = [self.answer(drawn, FULL, 1.0) for drawn in self._scripts[split]]
         found = {}
         for drawn, full in zip(self._scripts[split], self._full[split], strict=True):
-            dialogue = full if policy == FULL else self.answer(drawn, policy, budget)
+            dialogue = full if policy == FULL else self.answer(drawn, policy, budget, **options)
             right = exact_matches(drawn.turns, dialogue.said)[1:].sum(0)
             agree = torch.stack([(ours == its).all(1) for ours, its in zip(dialogue.said, full.said, strict=True)])
             length = torch.stack(dialogue.lengths)[1:].float().mean(0)
@@ -87,9 +87,9 @@ class DialogueBed:
                 }
         return [found[unit] for unit in self.units(split)]
 
-    def answer(self, drawn: Script, policy: lookm.Policy, budget: float | int) -> Dialogue:
+    def answer(self, drawn: Script, policy: lookm.Policy, budget: float | int, **options: Any) -> Dialogue:
         """All dialogues of a script at once."""
-        cache = lookm.LookMCache(self.model, budget, policy)
+        cache = lookm.LookMCache(self.model, budget, policy, **options)
         return converse(self.model, drawn, drawn.turns, cache, count_to=ANSWER_TOKENS)
 
     def draw(self, layout: Layout, split: Split) -> Script:

@@ -152,11 +152,11 @@ class TextBed:
         return [place for place, document in enumerate(self.documents) if document["split"] == split]
 
     @torch.no_grad()
-    def measure(self, policy: lookm.Policy, budget: float | int, split: Split) -> list[dict[str, Any]]:
+    def measure(self, policy: lookm.Policy, budget: float | int, split: Split, **options: Any) -> list[dict[str, Any]]:
         """One dict a document, see the class."""
-        return [self.measure_document(unit, policy, budget) for unit in self.units(split)]
+        return [self.measure_document(unit, policy, budget, **options) for unit in self.units(split)]
 
-    def measure_document(self, unit: int, policy: lookm.Policy, budget: float | int) -> dict[str, Any]:
+    def measure_document(self, unit: int, policy: lookm.Policy, budget: float | int, **options: Any) -> dict[str, Any]:
         """The metrics of one document."""
         model, tokenizer = self._loaded
         ids = tokenizer(self.documents[unit]["text"], return_tensors="pt").input_ids[:, : PROMPT + CONTINUATION]
@@ -166,7 +166,7 @@ class TextBed:
         evictable = torch.ones(1, PROMPT, dtype=torch.bool)
         evictable[:, :ALWAYS] = evictable[:, -ALWAYS:] = False
         known = policy if policy == FULL else with_known_scores(policy, recording)
-        cache = lookm.LookMCache(model, budget, known, image_mask=evictable, later_turns="dense")
+        cache = lookm.LookMCache(model, budget, known, image_mask=evictable, later_turns="dense", **options)
         replay(model, recording, cache)
         report = cache.report()
         logits = []
