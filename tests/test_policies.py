@@ -22,6 +22,7 @@ from lookm.forward import Forward
 from lookm.layer import LookMLayer
 from lookm.plan import Settings, pick_queries
 from lookm.policy import ALIASES, DESCRIPTIONS
+from lookm.store.growing import Growing
 
 PLAIN = {
     "recent_share": 0.5, "sinks": 0, "text_prior": False, "rule": "none", "gate": None, "protect_text": False,
@@ -192,7 +193,7 @@ def test_layers_hold_what_the_authors_classes_hold(case: dict):
         options["gate"] = "mean_similarity"
     policy = lookm.policy.resolve_policy(case["mode"], options)
     budget = parse_budget(None, case["important_ratio"], case["recent_ratio"])
-    layer = LookMLayer(Settings(policy, budget, "dense", 1), Forward(data["image_mask"][None]))
+    layer = LookMLayer(Settings(policy, budget, "dense", 1), Forward(data["image_mask"][None]), Growing())
     keys, values = layer.update(data["k"].clone(), data["v"].clone())
     layer.attend(lambda *_, **__: None, "sdpa", None, data["q"], keys, values, None)
     assert layer.stored == case["kept"]

@@ -392,7 +392,10 @@ class LookMLayer(StoringLayer):
     def _note_places(self) -> None:
         """Tell the store what it cannot know of its places."""
         valid = self.valid
-        start = (
-            None if valid is None else self.forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
-        )
+
+        def start() -> Tensor | None:
+            if valid is None:
+                return None
+            return self.forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
+
         self.store.note(self.seen, valid, start, self.key_bias)

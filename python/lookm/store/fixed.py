@@ -211,12 +211,15 @@ class Fixed(Growing):
         self._length = stored - self.steps.count
         self._end.fill_(self._length)
 
-    def note(self, seen: int, valid: Tensor | None, start: Tensor | None, key_bias: Tensor | None) -> None:
+    def note(
+        self, seen: int, valid: Tensor | None, key_start: Callable[[], Tensor | None], key_bias: Tensor | None
+    ) -> None:
         """What a layer knows of its tokens: how many were read, and of its places.
 
-        valid [B, stored] bool: those that are no padding, None: all; start [B] int32: its left_padding; key_bias
-        [B, H, P] float32: added to the logits of the first P places, None: nothing.
+        valid [B, stored] bool: those that are no padding, None: all; key_start: makes its left_padding [B] int32, which
+        waits for the device; key_bias [B, H, P] float32: added to the logits of the first P places, None: nothing.
         """
+        start = key_start()
         self._seen.fill_(seen - self.steps.count)
         if start is not None:
             self.key_start.copy_(start)

@@ -57,7 +57,9 @@ class Growing:
         """From now on these are stored: what `room` gave, filled, or all that was stored before."""
         self.keys, self.values = keys, values
 
-    def note(self, seen: int, valid: Tensor | None, start: Tensor | None, key_bias: Tensor | None) -> None:
+    def note(
+        self, seen: int, valid: Tensor | None, key_start: Callable[[], Tensor | None], key_bias: Tensor | None
+    ) -> None:
         """What the layer knows of its places, where the store is attended to as it is (see Fixed.note): not here."""
 
     def drop(self, removed: int) -> None:

@@ -65,7 +65,9 @@ class Quantized(Growing):
         """From now on these are stored; `note` quantises them, once their padding is known."""
         self._keys, self._values = keys, values
 
-    def note(self, seen: int, valid: Tensor | None, start: Tensor | None, key_bias: Tensor | None) -> None:
+    def note(
+        self, seen: int, valid: Tensor | None, key_start: Callable[[], Tensor | None], key_bias: Tensor | None
+    ) -> None:
         """What a layer knows of its places (see Fixed.note). Padding elsewhere than on the left counts as pairs."""
         if self.pairs is not None:
             return
@@ -75,6 +77,7 @@ class Quantized(Growing):
         self._keys = self._values = None
         self.tail = tuple(rows[:, :, coded:].clone() for rows in whole)
         key, value = (rows[:, :, :coded].detach() for rows in whole)
+        start = key_start()
         first = None if start is None else start.clamp(max=coded)
         self.pairs = quantize_pairs(key, value, self.format, key_start=first)
 
