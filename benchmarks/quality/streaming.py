@@ -25,8 +25,8 @@ from lookm import LookMCache
 from lookm.modality import cache_keyword
 
 FILE = RESULTS / "streaming.json"
-POLICIES = ("streaming", "h2o", "snapkv", "text_prior_h2o", "lookm", "auto")
-BUDGETS = (240, 60)
+POLICIES = ("streaming", "h2o", "lookm", "auto")
+BUDGETS = (240,)
 TURN, TOKENS = 64, 1344
 
 

@@ -304,18 +304,16 @@ class LookMLayer(StoringLayer):
         for tokens in window.answers:
             generated[:, tokens.start : tokens.stop] = True
         answer = self.places_of(generated.expand(len(positions), -1))
-        media, starts = (
-            torch.nn.functional.pad(known, (0, self.seen - known.shape[1])) for known in (self.image, self.starts)
-        )
+        pad = torch.nn.functional.pad
+        media, starts = (pad(known, (0, self.seen - known.shape[1])) for known in (self.image, self.starts))
         image = self.places_of(media)
         # which image each place is of: where it changes, another one begins
         number = Prompt(media, None, (), (), (), 0, starts).segment
         held = number[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
         begins = image.clone()
         begins[:, :, 1:] &= held[:, :, 1:] != held[:, :, :-1]
-        votes = self.votes
-        if votes is not None:
-            votes = torch.nn.functional.pad(votes, (0, self.stored - votes.shape[2]), value=1.0)
+        if (votes := self.votes) is not None:
+            votes = pad(votes, (0, self.stored - votes.shape[2]), value=1.0)
         return Rows(self.keys, self.values, image, begins, answer, self.valid, votes)
 
     def attend_in_graph(
