@@ -21,6 +21,7 @@ from unusual import known, prompt, subject
 
 import lookm
 from lookm import LookMCache
+from lookm.cache import _around_generate
 
 LLAVA = FAMILIES["llava"]
 INPUTS = LLAVA.inputs([LLAVA.prompt((9, IMAGE, 12)), LLAVA.prompt((5, IMAGE, 4), 1)])
@@ -313,3 +314,11 @@ def test_a_full_omni_model_whose_thinker_reads_the_prompt(name: str):
     report = model.generate(**given, **options).past_key_values.report().layers[0]
     assert report.seen_image == sum(thinker.rows[0].image)
     assert report.kept - report.later == len(thinker.rows[0]) // 4
+
+
+def test_a_generate_that_returns_more_than_sequences():
+    """The full Omni models return what they wrote and what they said."""
+    model = FAMILIES["qwen3"].model()
+    arguments = {"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": LookMCache(model)}
+    said = torch.ones(1, 4, dtype=torch.long), torch.zeros(9)
+    assert _around_generate(lambda **_: said, model, (), arguments) is said

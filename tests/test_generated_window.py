@@ -202,6 +202,15 @@ def test_reset_forgets_what_was_paid():
     assert torch.equal(generate(LLAVA, cache, 20), first)
 
 
+def test_sinks_are_a_number_of_tokens_whatever_the_prompt_was():
+    """A prompt of 10 tokens on a budget of 100: 4 sinks, not 40 for being a tenth of it."""
+    cache = LookMCache(QWEN.model(), 100, "pivot_merge", generated="window")
+    with torch.no_grad():
+        QWEN.model()(input_ids=torch.arange(10)[None] + 3, **{cache_keyword(QWEN.model()): cache})
+    for layer in cache.layers:
+        assert (layer.window.keep, layer.window.sinks, layer.window.recent) == ([100], [4], [50])
+
+
 class Both(Policy):
     """Heads together."""
 

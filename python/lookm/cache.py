@@ -352,7 +352,9 @@ def _around_generate(
         result = generate(*args, **arguments)
     finally:
         state.given_image_mask = given
-    cache.note_generated(result if isinstance(result, Tensor) else result.sequences)
+    sequences = getattr(result, "sequences", result)
+    if isinstance(sequences, Tensor):  # the full Omni models return sound beside it
+        cache.note_generated(sequences)
     return result
 
 

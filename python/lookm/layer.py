@@ -382,7 +382,7 @@ class LookMLayer(StoringLayer):
         if self.window is not None:
             keep = plan.prompt.keep
             limits = [self.settings.budget.limit(own, reading.column_bytes * self.settings.layers) for own in keep]
-            self.window.begin(keep, limits, plan.prompt)
+            self.window.begin(limits, plan.prompt, self.settings.policy)
         self.scores = None
         self.compressed, self.compressed_at = True, self.seen
         self._note_places()

@@ -116,16 +116,21 @@ class Ledger:
 
 def with_keep(plan: Plan, keep: Sequence[int], policy: Policy) -> Plan:
     """The plan for a layer that keeps another number of tokens; recent ones and sinks take the same shares of it."""
-    prompt = plan.prompt
+    recent, sinks = shares(plan.prompt, keep, policy)
+    prompt = replace(plan.prompt, keep=keep, recent=recent, sinks=sinks)
+    return replace(
+        plan, prompt=prompt, tiers=prompt.tiers(policy.text_prior), stored_valid=_stored_valid(plan.stored, keep)
+    )
+
+
+def shares(prompt: Prompt, keep: Sequence[int], policy: Policy) -> tuple[list[int], list[int]]:
+    """Recent tokens and sinks of rows that keep other numbers of tokens than the prompt's."""
     sinks = [min(policy.sinks, own // 2) for own in keep]
     recent = [
         min(given * own // even, own - first)
         for given, even, own, first in zip(prompt.recent, prompt.keep, keep, sinks, strict=True)
     ]
-    prompt = replace(prompt, keep=keep, recent=recent, sinks=sinks)
-    return replace(
-        plan, prompt=prompt, tiers=prompt.tiers(policy.text_prior), stored_valid=_stored_valid(plan.stored, keep)
-    )
+    return recent, sinks
 
 
 def pick_queries(policy: Policy, prompt: Prompt, queries: int) -> tuple[Tensor | None, Tensor | None]:

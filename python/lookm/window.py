@@ -17,7 +17,7 @@ import lookm_kernels
 from lookm.attention import Attention, Pairs
 from lookm.coverage import with_levels
 from lookm.masks import left_padding, padding_mask
-from lookm.plan import pick_queries
+from lookm.plan import pick_queries, shares
 from lookm.policy import Policy
 from lookm.prompt import IMAGE, TEXT, Prompt, right_aligned
 from lookm.reading import Compressed
@@ -81,14 +81,10 @@ class Window:
     softcap: float | None = None
     answers: list[range] = field(default_factory=list)
 
-    def begin(self, keep: Sequence[int], limits: Sequence[int], prompt: Prompt) -> None:
-        """After a prompt was compressed to `keep` tokens a row; from now on a row may hold as many as limits say."""
+    def begin(self, limits: Sequence[int], prompt: Prompt, policy: Policy) -> None:
+        """After the prompt was compressed: from now on a row may hold as many tokens as limits say."""
         self.keep = limits
-        self.sinks = [given * own // max(1, even) for given, even, own in zip(prompt.sinks, keep, limits, strict=True)]
-        self.recent = [
-            min(given * own // max(1, even), own - first)
-            for given, even, own, first in zip(prompt.recent, keep, limits, self.sinks, strict=True)
-        ]
+        self.recent, self.sinks = shares(prompt, limits, policy)
 
     def carry(self, sums: Tensor | None, kept: Tensor) -> None:
         """Keep the sums [B, W * H, N] of what stayed: kept [B, H, K] int32 places, -1: an empty one."""
