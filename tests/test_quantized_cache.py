@@ -92,7 +92,9 @@ def test_bytes(format: str, share: float):
     with torch.no_grad():
         model(input_ids=(torch.arange(2048) % 90 + 3)[None], **{cache_keyword(model): cache})
     report = cache.report()
-    held = sum(x.nbytes for layer in cache.layers for x in (*filter(None.__ne__, layer.store.pairs), *layer.store.tail))
+    held = sum(
+        x.nbytes for layer in cache.layers for x in (*filter(None.__ne__, layer.store.pairs), *layer.store.whole)
+    )
     assert report.bytes == held
     assert report.bytes_full == 2048 * len(cache.layers) * 2 * 2 * 16 * 4
     # heads of 16 have many scales: one of 4 bytes, or two of 8, for 16 numbers

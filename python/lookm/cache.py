@@ -201,7 +201,7 @@ class LookMCache(DynamicCache):
         prepared = any(state.made(each) for each in masks) and state.masks(layer.seen, queries)
         own_masks = [] if prepared else [each for each in masks if is_4d(each)]
         if own_masks and layer.store.settled:
-            layer.store.make_room(queries)
+            self.steps.make_room(queries)
             self.steps.steady = False
         for own in own_masks:
             if layer.stored < layer.seen and own.shape[-1] != layer.stored + queries:

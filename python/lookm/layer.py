@@ -103,10 +103,11 @@ class LookMLayer(StoringLayer):
         visible_places, new = self._note_mask(given, queries)
         store = self._slots_for(queries)
         if store is not None:
-            store.make_room(queries)
-            store.follow_graphs(False)
+            store.steps.make_room(queries)
+            # a graph could not hide more than the future and padding
+            store.steps.steady = False
             if new is None and self.forward.hidden is None and (plain or self._sees_all(make, arguments, queries)):
-                store.follow_graphs(True)
+                store.steps.steady = True
                 self.forward.note(made := step_mask(queries, arguments.get("device")), True, True)
                 return made
         if self.compressed:
@@ -341,9 +342,9 @@ class LookMLayer(StoringLayer):
     def _held(self) -> Held:
         hidden = self.forward.hidden
         places, coded = None if hidden is None else self.places_of(hidden), self._coded
-        if coded is None:
+        if coded is None or coded.whole is None:
             return Held(self.keys, self.values, self.valid, places, self.key_bias)
-        keys, values = coded.tail
+        keys, values = coded.whole
         return Held(keys, values, self.valid, places, self.key_bias, coded.pairs)
 
     def _follow(self, implementation: str, module: Any, query: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:

@@ -87,8 +87,6 @@ class Fixed(Growing):
         steps.stores.append(self)
         self.settled = self.counts = False
         self.device: torch.device | None = None
-        self._keys: Any = None
-        self._values: Any = None
         self._buffers: Any = None
         self._end = self._seen = self._in_graphs = self.key_start = torch.empty(0)
         self.key_bias: Tensor | None = None
@@ -109,9 +107,7 @@ class Fixed(Growing):
     @property
     def stored(self) -> int:
         """Places in use."""
-        if self.settled:
-            return self._length + self.steps.count
-        return 0 if self._keys is None else int(self._keys.shape[-2])
+        return self._length + self.steps.count if self.settled else super().stored
 
     @property
     def nbytes(self) -> int:
@@ -126,27 +122,19 @@ class Fixed(Growing):
     @property
     def keys(self) -> Any:
         """[B, H, stored, D]; None before the first pair."""
-        return self._buffers[0][:, :, : self.stored] if self.settled else self._keys
+        return self._buffers[0][:, :, : self.stored] if self.settled else super().keys
 
     @property
     def values(self) -> Any:
         """[B, H, stored, D]; None before the first pair."""
-        return self._buffers[1][:, :, : self.stored] if self.settled else self._values
-
-    def make_room(self, queries: int) -> None:
-        """Before a forward of so many tokens: in all layers, or ValueError."""
-        self.steps.make_room(queries)
-
-    def follow_graphs(self, usual: bool) -> None:
-        """Whether the next forward may be a graph's: not where it hides more than the future and padding."""
-        self.steps.steady = usual
+        return self._buffers[1][:, :, : self.stored] if self.settled else super().values
 
     def append(self, keys: Tensor, values: Tensor, reading: bool) -> None:
         """New pairs [B, H, q, D]: into their slots, or behind all others where a prompt is read."""
         if reading:
-            if self.stored:
-                keys, values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
-            self._keys, self._values, self.settled = keys, values, False
+            if self.settled:
+                self.whole, self.settled = (self.keys, self.values), False
+            super().append(keys, values, reading)
             return
         new, stored = keys.shape[2], self.stored
         if self.free < new:
@@ -172,7 +160,7 @@ class Fixed(Growing):
     def room(self, start: int, size: int) -> tuple[Tensor, Tensor]:
         """The buffers' first start + size places; the first `start` hold what is stored there."""
         places = start + size + self.slots
-        kept = (self._keys, self._values)
+        kept = self.keys, self.values
         if not self._fit(places):
             self._buffers = tuple(
                 static(torch.zeros((*rows.shape[:2], places, rows.shape[3]), dtype=rows.dtype, device=rows.device))
@@ -189,16 +177,16 @@ class Fixed(Growing):
             and (*buffer.shape[:2], buffer.shape[3]) == (*rows.shape[:2], rows.shape[3])
             and buffer.dtype == rows.dtype
             and buffer.device == rows.device
-            for buffer, rows in zip(self._buffers, (self._keys, self._values), strict=True)
+            for buffer, rows in zip(self._buffers, (self.keys, self.values), strict=True)
         )
 
     def keep(self, keys: Tensor, values: Tensor) -> None:
         """From now on these are stored, and slots are free behind them."""
         size = keys.shape[2]
-        if keys is self._keys:
+        if keys is self.keys:
             for out, rows in zip(self.room(0, size), (keys, values), strict=True):
                 out.copy_(rows.detach())
-        self._keys = self._values = None
+        self.whole = None
         self.settled, self.limit = True, size + self.slots
         if self.device != keys.device or len(self._end) != len(keys):
             self.device = keys.device
@@ -251,13 +239,13 @@ class Fixed(Growing):
         self.limit, self.slots = self.limit + self.slots, 2 * self.slots
         if self.limit <= self._buffers[0].shape[2]:
             return
-        self._buffers = tuple(self._grown(buffer, 2) for buffer in self._buffers)
+        self._buffers = tuple(self._grown(buffer) for buffer in self._buffers)
         if self.key_bias is not None:
-            self.key_bias = self._bias_buffer = self._grown(self.key_bias, 2)
+            self.key_bias = self._bias_buffer = self._grown(self.key_bias)
 
-    def _grown(self, buffer: Tensor, dim: int) -> Tensor:
-        grown = buffer.new_zeros((*buffer.shape[:dim], self.limit, *buffer.shape[dim + 1 :]))
-        grown.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+    def _grown(self, buffer: Tensor) -> Tensor:
+        grown = buffer.new_zeros((*buffer.shape[:2], self.limit, *buffer.shape[3:]))
+        grown[:, :, : buffer.shape[2]] = buffer
         return static(grown)
 
     def drop(self, removed: int) -> None:
@@ -267,8 +255,7 @@ class Fixed(Growing):
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, ...] by change(tensor), in place where its shape stays."""
         if not self.settled:
-            if self._keys is not None:
-                self._keys, self._values = change(self._keys), change(self._values)
+            super().map_rows(change)
             return
         self._buffers = tuple(_changed(self._buffers, change))
         self._end, self.key_start = _changed((self._end, self.key_start), change)
@@ -278,7 +265,7 @@ class Fixed(Growing):
 
     def clear(self) -> None:
         """Nothing is stored; the buffers stay for the next prompt."""
-        self._keys = self._values = None
+        super().clear()
         self.settled = False
         self.limit = self._length = 0
 

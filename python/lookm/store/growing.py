@@ -10,16 +10,13 @@ from torch import Tensor
 
 
 class Growing:
-    """keys, values [B, H, stored, D]; None before the first pair.
+    """whole: keys and values [B, H, *, D] in tensors of their own, here all of them; None before the first pair.
 
     settled: whether the pairs lie in buffers of fixed size: never here.
     """
 
     settled = False
-
-    def __init__(self) -> None:
-        self.keys: Any = None
-        self.values: Any = None
+    whole: tuple[Tensor, Tensor] | None = None
 
     @property
     def in_graphs(self) -> int:
@@ -29,21 +26,28 @@ class Growing:
     @property
     def stored(self) -> int:
         """Places in use."""
-        return 0 if self.keys is None else int(self.keys.shape[-2])
+        return 0 if self.whole is None else int(self.whole[0].shape[2])
+
+    @property
+    def keys(self) -> Any:
+        """[B, H, stored, D]; None before the first pair."""
+        return None if self.whole is None else self.whole[0]
+
+    @property
+    def values(self) -> Any:
+        """[B, H, stored, D]; None before the first pair."""
+        return None if self.whole is None else self.whole[1]
 
     @property
     def nbytes(self) -> int:
         """Memory of the pairs, places that are free included."""
-        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
-
-    def make_room(self, queries: int) -> None:
-        """Before a forward of so many tokens: there is always room."""
+        return 0 if self.whole is None else sum(rows.nbytes for rows in self.whole)
 
     def append(self, keys: Tensor, values: Tensor, reading: bool) -> None:
         """New pairs [B, H, q, D] behind the others; reading: they belong to a prompt that is compressed later."""
-        if self.keys is not None:
-            keys, values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
-        self.keys, self.values = keys, values
+        if self.whole is not None:
+            keys, values = (torch.cat(both, 2) for both in zip(self.whole, (keys, values), strict=True))
+        self.whole = keys, values
 
     def room(self, start: int, size: int) -> tuple[Tensor, Tensor]:
         """Memory of its own for `start + size` pairs [B, H, *, D]; the first `start` are those that are stored."""
@@ -55,7 +59,7 @@ class Growing:
 
     def keep(self, keys: Tensor, values: Tensor) -> None:
         """From now on these are stored: what `room` gave, filled, or all that was stored before."""
-        self.keys, self.values = keys, values
+        self.whole = keys, values
 
     def note(
         self, seen: int, valid: Tensor | None, key_start: Callable[[], Tensor | None], key_bias: Tensor | None
@@ -64,13 +68,16 @@ class Growing:
 
     def drop(self, removed: int) -> None:
         """Forget the last pairs."""
-        self.keys, self.values = self.keys[..., :-removed, :], self.values[..., :-removed, :]
+        self._change(lambda rows: rows[:, :, :-removed])
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, ...] by change(tensor)."""
-        if self.keys is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
+        self._change(change)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.whole is not None:
+            self.whole = change(self.whole[0]), change(self.whole[1])
 
     def clear(self) -> None:
         """Nothing is stored."""
-        self.keys = self.values = None
+        self.whole = None
