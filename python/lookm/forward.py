@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lookm.masks import left_padding
+
 NOT_SEEN = (
     "lookm: this forward was not seen by the model the cache was built for, so its image tokens are unknown; call that "
     "model, or pass image_mask= (bool [batch, prompt tokens]) to LookMCache"
@@ -144,6 +146,12 @@ class Forward:
             self.shared[key] = make()
         made: Made = self.shared[key]
         return made
+
+    def start_of(self, valid: Tensor | None) -> Tensor | None:
+        """[B] int32: left_padding of places [B, N] that are no padding, found once for all layers."""
+        if valid is None:
+            return None
+        return self.once(("start", weakref.ref(valid)), lambda: left_padding(valid))
 
     def masks(self, seen: int, length: int) -> bool:
         """Whether the mask of these tokens passed the mask overlay."""

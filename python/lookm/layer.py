@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from lookm.masks import (
     hide_places,
     is_4d,
     is_step_mask,
-    left_padding,
     step_mask,
     stored_mask,
     visible,
@@ -25,7 +23,6 @@ from lookm.masks import (
 from lookm.observe import offset_of, tag
 from lookm.own_attention import Held, attend, attend_to_buffers, what_is_seen
 from lookm.plan import Plan, Settings
-from lookm.prompt import Prompt
 from lookm.reading import Reading, scale_of
 from lookm.refusals import (
     HIDES_CHUNK,
@@ -43,7 +40,7 @@ from lookm.rows import StoringLayer, grown
 from lookm.store.fixed import Fixed
 from lookm.store.growing import Growing
 from lookm.store.quantized import Quantized
-from lookm.window import Rows, Window
+from lookm.window import Window, held_rows
 
 
 class LookMLayer(StoringLayer):
@@ -277,7 +274,7 @@ class LookMLayer(StoringLayer):
         if self.forward.masks(self.seen, new) and self.forward.unusual:
             raise NotImplementedError(UNUSUAL_WINDOW)
         if new > 1:
-            window.score(self.settings.policy, self._rows(window))
+            window.score(self.settings.policy, held_rows(self, window.answers))
         else:
             more = bool(window.answers) and window.answers[-1].stop == self.seen
             begin = window.answers.pop().start if more else self.seen
@@ -288,34 +285,15 @@ class LookMLayer(StoringLayer):
         window.note(query, lse, scale_of(query, arguments), arguments.get("softcap"))
         if not window.due(self.stored, turn=query.shape[2] > 1):
             return
-        positions = self.kept_positions()
-        stays = window.compress(self.settings.policy, self._rows(window), self.store.room)
+        rows = held_rows(self, window.answers)
+        stays = window.compress(self.settings.policy, rows, self.store.room)
         self.store.keep(stays.keys, stays.values)
-        self.kept = positions.gather(2, stays.kept.clamp(min=0).long()).masked_fill(stays.kept < 0, -1)
+        self.kept = rows.positions.gather(2, stays.kept.clamp(min=0).long()).masked_fill(stays.kept < 0, -1)
         self.valid, self.votes = stays.valid, stays.votes
         self.key_bias = None if stays.votes is None else stays.votes.log()
         self.evicted = [range(self.seen)]
         self.compressed_at = self.seen
         self._note_places()
-
-    def _rows(self, window: Window) -> Rows:
-        """What is stored, and what it stands for."""
-        positions = self.kept_positions()
-        generated = torch.zeros(1, self.seen, dtype=torch.bool, device=positions.device)
-        for tokens in window.answers:
-            generated[:, tokens.start : tokens.stop] = True
-        answer = self.places_of(generated.expand(len(positions), -1))
-        pad = torch.nn.functional.pad
-        media, starts = (pad(known, (0, self.seen - known.shape[1])) for known in (self.image, self.starts))
-        image = self.places_of(media)
-        # which image each place is of: where it changes, another one begins
-        number = Prompt(media, None, (), (), (), 0, starts).segment
-        held = number[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
-        begins = image.clone()
-        begins[:, :, 1:] &= held[:, :, 1:] != held[:, :, :-1]
-        if (votes := self.votes) is not None:
-            votes = pad(votes, (0, self.stored - votes.shape[2]), value=1.0)
-        return Rows(self.keys, self.values, image, begins, answer, self.valid, votes)
 
     def attend_in_graph(
         self, store: Fixed, end: Tensor, inner: Callable[..., Any], implementation: str, module: Any, query: Tensor,
@@ -392,9 +370,4 @@ class LookMLayer(StoringLayer):
         """Tell the store what it cannot know of its places."""
         valid = self.valid
 
-        def start() -> Tensor | None:
-            if valid is None:
-                return None
-            return self.forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
-
-        self.store.note(self.seen, valid, start, self.key_bias)
+        self.store.note(self.seen, valid, lambda: self.forward.start_of(valid), self.key_bias)

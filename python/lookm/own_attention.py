@@ -6,7 +6,6 @@ model's attention function aside: lookm_kernels.kept_attention does the work, wh
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.functional import pad
 
 import lookm_kernels
 from lookm.forward import Forward
-from lookm.masks import causal_without_mask, is_4d, left_padding, padding_mask, visible
+from lookm.masks import causal_without_mask, is_4d, padding_mask, visible
 from lookm.store.fixed import Fixed
 from lookm_kernels import QuantizedPairs
 
@@ -80,8 +79,7 @@ def what_is_seen(
     stored, valid, queries = held.stored, held.valid, query.shape[2]
     if not is_4d(mask) or forward.is_plain(mask):
         causal = True if is_4d(mask) else causal_without_mask(implementation, module, arguments.get("is_causal"))
-        start = None if valid is None else forward.once(("own start", weakref.ref(valid)), lambda: left_padding(valid))
-        return {"causal": causal} | padding_mask(valid, start, queries)
+        return {"causal": causal} | padding_mask(valid, forward.start_of(valid), queries)
     shown = visible(mask, implementation, queries, mask.shape[-1])
     if forward.masks(tokens - queries, queries):
         shown = pad(shown[..., -queries:], (stored - queries, 0), value=True)
@@ -97,10 +95,7 @@ def attend(held: Held, query: Tensor, seen: dict[str, Any], arguments: dict[str,
 
     arguments: what the attention function was called with by name. NotImplementedError for dropout.
     """
-    if arguments.get("dropout"):
-        raise NotImplementedError(DROPOUT.format(arguments["dropout"]))
-    logits: dict[str, Any] = {"scale": arguments.get("scaling"), "softcap": arguments.get("softcap")}
-    bias = held.bias()
+    logits, bias = _logits(arguments), held.bias()
     if held.pairs is None:
         output, lse = lookm_kernels.kept_attention(
             query, held.keys, held.values, key_bias=bias, return_lse=True, **logits, **seen
@@ -108,6 +103,13 @@ def attend(held: Held, query: Tensor, seen: dict[str, Any], arguments: dict[str,
     else:
         output, lse = _attend_to_codes(held, held.pairs, query, bias, seen, logits)
     return output.transpose(1, 2).contiguous(), lse
+
+
+def _logits(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What an attention call's arguments by name do to its logits. NotImplementedError for dropout."""
+    if arguments.get("dropout"):
+        raise NotImplementedError(DROPOUT.format(arguments["dropout"]))
+    return {"scale": arguments.get("scaling"), "softcap": arguments.get("softcap")}
 
 
 def _attend_to_codes(
@@ -119,12 +121,10 @@ def _attend_to_codes(
         hidden = ~mask[:, :1, -1:, :coded]
         if bool((mask[..., :coded] == hidden).any()):
             raise NotImplementedError(NOT_ALIKE)
-        alike = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill_(hidden, float("-inf"))
-        alike = alike[:, :, 0].expand(*pairs.key.shape[:3])
-        before = bias if bias is None else pad(bias[:, :, :coded], (0, max(0, coded - bias.shape[2])))
-        bias = torch.cat(
-            [alike if before is None else alike + before, *([] if bias is None else [bias[:, :, coded:]])], 2
-        )
+        if bias is None:
+            bias = torch.zeros(pairs.key.shape[:3], dtype=torch.float32, device=query.device)
+        bias = pad(bias, (0, max(0, coded - bias.shape[2])))
+        bias = torch.cat([bias[:, :, :coded].masked_fill(hidden[:, :, 0], float("-inf")), bias[:, :, coded:]], 2)
     of_codes = lookm_kernels.quantized_attention(
         query, pairs, key_bias=None if bias is None else bias[:, :, :coded], **logits
     )
@@ -144,15 +144,13 @@ def _attend_to_codes(
 
 def attend_to_buffers(store: Fixed, end: Tensor, query: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The output [B, M, Hq, D] for the last M of `end` [B] int32 places in use: no mask, no number of the host."""
-    if arguments.get("dropout"):
-        raise NotImplementedError(DROPOUT.format(arguments["dropout"]))
     output = lookm_kernels.kept_attention(
         query,
         *store.buffers,
         key_bias=store.key_bias,
         key_start=store.key_start,
         key_end=end,
-        scale=arguments.get("scaling"),
-        softcap=arguments.get("softcap"),
+        return_lse=False,
+        **_logits(arguments),
     )
     return output.transpose(1, 2).contiguous()

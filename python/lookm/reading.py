@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lookm_kernels
 from lookm.attention import Attention, Pairs
-from lookm.coverage import with_levels
+from lookm.compression import compress_pairs
 from lookm.forward import Forward
 from lookm.lse import LogSumExp
 from lookm.masks import causal_without_mask, is_4d, left_padding, padding_mask, visible
@@ -205,20 +204,9 @@ class Reading:
         if policy.uneven:
             plan = self._own_budget(plan, pairs)
             pairs = replace(pairs, prompt=plan.prompt)
-        levels, merging = policy.levels(pairs), policy.merging(pairs)
-        scores = pairs.scores if levels is None else with_levels(pairs.scores, levels)
-        size = max(plan.prompt.keep)
-        whole = [rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (key, value)]
-        # not in place: the model may still use its own, and a backward pass will
-        stays = room(self.start, size)
-        keys, values, out_key, out_value = (rows[:, :, self.start :] for rows in (*whole, *stays))
-        votes = key.new_empty((*key.shape[:2], size), dtype=torch.float32) if policy.votes else None
-        kept = lookm_kernels.compress_(
-            keys, values, scores, plan.tiers, plan.prompt.keep, merging.rule, merging.gate,
-            similarity=merging.similarity, group=merging.group, min_similarity=merging.min_similarity,
-            refine=merging.refine, out_votes=votes, out_key=out_key, out_value=out_value,
-        )  # fmt: skip
-        return Compressed(stays[0], stays[1], kept, votes, plan.stored_valid)
+        stays = room(self.start, max(plan.prompt.keep))
+        kept, votes = compress_pairs(policy, pairs, plan.tiers, *(rows[:, :, self.start :] for rows in stays))
+        return Compressed(*stays, kept, votes, plan.stored_valid)
 
 
 @dataclass(frozen=True)

@@ -221,18 +221,19 @@ def layer_report(index: int, layer: Any) -> LayerReport:
         return LayerReport(index, False, rows, places, nothing, nothing, nothing, held, held)
     if not layer.is_initialized:
         return LayerReport(index, True, 0, 0, nothing, nothing, nothing, 0, 0)
-    rows, heads = layer.keys.shape[:2]
+    keys, values = layer.keys, layer.values
     positions = layer.kept_positions()
+    rows, heads = positions.shape[:2]
     seen_by, kept_by, later_by = {}, {}, {}
     for medium, mask in media_masks(layer).items():
-        held_here = mask[:, None].expand(-1, heads, -1).gather(2, positions.clamp(min=0).long()) & (positions >= 0)
+        held_here = layer.at(mask, positions)
         since = held_here & (positions >= (layer.compressed_at if layer.compressed else layer.seen))
         seen_by[medium] = int(mask.sum())
         kept_by[medium] = int(held_here.sum()) / heads
         later_by[medium] = int(since.sum()) // heads
     seen_by["text"] -= 0 if layer.padding is None else int(layer.padding.sum())
     votes = sum(tensor.nbytes for tensor in (layer.votes, layer.key_bias) if tensor is not None)
-    column = (layer.keys.nbytes + layer.values.nbytes) // layer.stored
+    column = (keys.nbytes + values.nbytes) // layer.stored
     return LayerReport(
         layer=index,
         compressed=True,

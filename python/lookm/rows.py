@@ -136,10 +136,12 @@ class StoringLayer(DynamicLayer):
 
     def places_of(self, tokens: Tensor) -> Tensor:
         """[B, H, stored] bool: the places that hold one of the tokens [B, <= seen] bool."""
-        positions = self.kept_positions()
+        return self.at(tokens, self.kept_positions())
+
+    def at(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """places_of where the positions [B, H, stored] that the places hold are known."""
         tokens = pad(tokens.to(positions.device), (0, self.seen - tokens.shape[1]))
-        held = tokens[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
-        return held & (positions >= 0)
+        return by_place(tokens, positions) & (positions >= 0)
 
     def add_votes(self, votes: Tensor | None) -> None:
         """Votes of the last places; those before it that have none stand for one token each."""
@@ -214,6 +216,11 @@ class StoringLayer(DynamicLayer):
             if rows is not None:
                 setattr(self, name, change(rows))
         self.forward.shared.clear()
+
+
+def by_place(x: Tensor, positions: Tensor) -> Tensor:
+    """[B, H, stored] of x [B, seen]: that of the token at each of the positions, the first one's at an empty place."""
+    return x[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0).long())
 
 
 def grown(known: Tensor | None, new: Tensor, before: int, fill: int) -> Tensor:

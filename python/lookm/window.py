@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-import lookm_kernels
 from lookm.attention import Attention, Pairs
-from lookm.coverage import with_levels
+from lookm.compression import compress_pairs
 from lookm.masks import left_padding, padding_mask
 from lookm.plan import pick_queries, shares
 from lookm.policy import Policy
 from lookm.prompt import IMAGE, TEXT, Prompt, right_aligned
 from lookm.reading import Compressed
+from lookm.rows import StoringLayer, by_place
 
 NOT_BY_HEAD = (
     "`generated` must be 'whole' with policy {policy}{how}, which looks at all heads or layers together: once an "
@@ -35,10 +35,16 @@ def check_by_head(policy: Policy) -> None:
         raise ValueError(NOT_BY_HEAD.format(policy=type(policy).__name__, how=how))
 
 
+def alone(x: Tensor) -> Tensor:
+    """[B * H, 1, ...] of x [B, H, ...]: every head a row."""
+    return x.flatten(0, 1)[:, None]
+
+
 @dataclass(frozen=True)
 class Rows:
     """What one layer holds: keys, values [B, H, N, D]; media flags by place, for each head.
 
+    positions [B, H, N] int32: of the tokens in the conversation, -1 for an empty place.
     image, starts, answer [B, H, N] bool: places of image tokens, those that begin an image right after another, and
     those of generated tokens. valid [B, N] bool: places that are no padding, None: all. votes [B, H, N] float32: tokens
     that each pair stands for, None: one each.
@@ -46,11 +52,17 @@ class Rows:
 
     keys: Tensor
     values: Tensor
+    positions: Tensor
     image: Tensor
     starts: Tensor
     answer: Tensor
     valid: Tensor | None
     votes: Tensor | None
+
+    @property
+    def votes_alone(self) -> Tensor | None:
+        """votes, every head a row."""
+        return None if self.votes is None else alone(self.votes)
 
     def prompt(self, keep: Sequence[int], recent: Sequence[int], sinks: Sequence[int]) -> Prompt:
         """All that is stored as one prompt, every head a row."""
@@ -58,6 +70,24 @@ class Rows:
         valid = None if self.valid is None else self.valid.repeat_interleave(heads, 0)
         keep, recent, sinks = ([share for share in part for _ in range(heads)] for part in (keep, recent, sinks))
         return Prompt(self.image.flatten(0, 1), valid, keep, recent, sinks, 0, self.starts.flatten(0, 1))
+
+
+def held_rows(layer: StoringLayer, answers: Sequence[range]) -> Rows:
+    """What a layer stores, and what it stands for; answers: positions of generated tokens."""
+    positions, votes = layer.kept_positions(), layer.votes
+    generated = torch.zeros(len(positions), layer.seen, dtype=torch.bool, device=positions.device)
+    for tokens in answers:
+        generated[:, tokens.start : tokens.stop] = True
+    media, starts = (pad(known, (0, layer.seen - known.shape[1])) for known in (layer.image, layer.starts))
+    image = layer.at(media, positions)
+    # which image each place is of: where it changes, another one begins
+    number = by_place(Prompt(media, None, (), (), (), 0, starts).segment, positions)
+    begins = image.clone()
+    begins[:, :, 1:] &= number[:, :, 1:] != number[:, :, :-1]
+    if votes is not None:
+        votes = pad(votes, (0, layer.stored - votes.shape[2]), value=1.0)
+    answer = layer.at(generated, positions)
+    return Rows(layer.keys, layer.values, positions, image, begins, answer, layer.valid, votes)
 
 
 @dataclass
@@ -115,10 +145,10 @@ class Window:
         prompt = rows.prompt(self.keep, self.recent, self.sinks)
         weight, picked = pick_queries(policy, prompt, query.shape[2]) if policy.looks else (None, None)
         attention = Attention(
-            query.reshape(-1, query.shape[1] // heads, *query.shape[2:]), rows.keys.flatten(0, 1)[:, None], prompt,
+            query.reshape(-1, query.shape[1] // heads, *query.shape[2:]), alone(rows.keys), prompt,
             self.scale, self.softcap, query_weight=weight, picked=picked,
             lse=lse.reshape(-1, lse.shape[1] // heads, lse.shape[2]),
-            votes=None if rows.votes is None else rows.votes.flatten(0, 1)[:, None],
+            votes=rows.votes_alone,
             **padding_mask(prompt.valid, left_padding(prompt.valid), query.shape[2]),
         )  # fmt: skip
         new = policy.score(attention)
@@ -133,26 +163,20 @@ class Window:
         lengths = [tokens] * len(self.keep) if rows.valid is None else rows.valid.sum(1).tolist()
         keep = [min(limit, length) for limit, length in zip(self.keep, lengths, strict=True)]
         prompt = rows.prompt(keep, [min(part) for part in zip(self.recent, keep, strict=True)], self.sinks)
-        keys, values = (x.detach().flatten(0, 1)[:, None] for x in (rows.keys, rows.values))
+        keys, values = (alone(x.detach()) for x in (rows.keys, rows.values))
         sums = self.sums.flatten(0, 1) if self.sums is not None else keys.new_zeros((len(keys), 1, tokens)).float()
         pairs = Pairs(prompt, keys, values, sums, sums)
         pairs = replace(pairs, scores=policy.finish(pairs))
-        levels, merging = policy.levels(pairs), policy.merging(pairs)
-        scores = pairs.scores if levels is None else with_levels(pairs.scores, levels)
         # an answer competes with the images: it would push all of them out, being text
         tiers = prompt.tiers(policy.text_prior)
         tiers = tiers.masked_fill((tiers == TEXT) & rows.answer.flatten(0, 1), IMAGE)
-        out_key, out_value = room(0, max(keep))
-        votes = scores.new_empty((*rows.keys.shape[:2], max(keep)), dtype=torch.float32) if policy.votes else None
-        kept = lookm_kernels.compress_(
-            keys, values, scores, tiers, prompt.keep, merging.rule, merging.gate,
-            similarity=merging.similarity, group=merging.group, min_similarity=merging.min_similarity,
-            refine=merging.refine, votes=None if rows.votes is None else rows.votes.flatten(0, 1)[:, None],
-            out_votes=None if votes is None else votes.flatten(0, 1)[:, None],
-            out_key=out_key.flatten(0, 1)[:, None], out_value=out_value.flatten(0, 1)[:, None],
-        ).view(-1, heads, max(keep))  # fmt: skip
+        stays = room(0, max(keep))
+        out_key, out_value = (alone(x) for x in stays)
+        kept, votes = compress_pairs(policy, pairs, tiers, out_key, out_value, rows.votes_alone)
+        kept = kept.view(-1, heads, max(keep))
+        votes = None if votes is None else votes.view(kept.shape)
         self.carry(sums.reshape(-1, heads, *sums.shape[1:]).transpose(1, 2).flatten(1, 2), kept)
-        return Compressed(out_key, out_value, kept, votes, right_aligned(keep, max(keep), keys.device))
+        return Compressed(*stays, kept, votes, right_aligned(keep, max(keep), keys.device))
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor [B, ...] by change(tensor)."""
