@@ -49,6 +49,18 @@ SPLITS_AT_ONCE = 16
 
 
 @triton.jit
+def place_of_program(KV_HEADS, GROUP, M, SPLITS, BLOCK_M: tl.constexpr):
+    """(row and head as one, row, head, split, first packed query, packed queries, their queries, heads of the group).
+
+    The heads of a group beside each other for every query: a tile holds queries that see about the same keys.
+    """
+    block, pid = block_and_row(tl.cdiv(GROUP * M, BLOCK_M) * SPLITS)
+    first = block // SPLITS * BLOCK_M
+    r = first + tl.arange(0, BLOCK_M)
+    return pid, pid // KV_HEADS, pid % KV_HEADS, block % SPLITS, first, r, r // GROUP, r % GROUP
+
+
+@triton.jit
 def weigh(x, top, total):
     """Base-2 logits [BLOCK_M, BLOCK_N] after others, of which `top` is the largest and `total` the sum of exponentials.
 
@@ -72,12 +84,7 @@ def _split_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     ROWS = GROUP * M
-    block, pid = block_and_row(tl.cdiv(ROWS, BLOCK_M) * SPLITS)
-    split, first = block % SPLITS, block // SPLITS * BLOCK_M
-    row, head = pid // KV_HEADS, pid % KV_HEADS
-    # the heads of a group beside each other for every query: a tile holds queries that see about the same keys
-    r = first + tl.arange(0, BLOCK_M)
-    m, member = r // GROUP, r % GROUP
+    pid, row, head, split, first, r, m, member = place_of_program(KV_HEADS, GROUP, M, SPLITS, BLOCK_M)
     begin, tokens = split * SPLIT, N
     if HAS_START:
         begin += tl.load(start_ptr + row)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lookm_kernels._checks import FP8
 from lookm_kernels._formats import BLOCK, CENTRE, blocks_of
-from lookm_kernels.triton._configs import Config, block_and_row, padded_width
+from lookm_kernels.triton._configs import Config, padded_width
 from lookm_kernels.triton._lse import LOG2_E, base2_logits
-from lookm_kernels.triton.kept_attention import Tiles, in_splits, weigh
+from lookm_kernels.triton.kept_attention import Tiles, in_splits, place_of_program, weigh
 
 # by chip, then bytes of a padded row of the output: at most BLOCK keys, in which a tile of 4-bit keys must lie
 SMALL = {128: Config(32, 32, 4, 3), 256: Config(32, 32, 4, 3), 512: Config(32, 32, 8, 2), 1024: Config(16, 16, 8, 1)}
@@ -97,11 +97,7 @@ def _quantized_kernel(
 ):  # fmt: skip
     """D and DV: elements of a key and a value, bytes in 4 bits; WIDTH: channels of the output."""
     ROWS = GROUP * M
-    block, pid = block_and_row(tl.cdiv(ROWS, BLOCK_M) * SPLITS)
-    split, first = block % SPLITS, block // SPLITS * BLOCK_M
-    row, head = pid // KV_HEADS, pid % KV_HEADS
-    r = first + tl.arange(0, BLOCK_M)
-    m, member = r // GROUP, r % GROUP
+    pid, row, head, split, _, r, m, member = place_of_program(KV_HEADS, GROUP, M, SPLITS, BLOCK_M)
     start, end = 0, N
     if HAS_START:
         start = tl.load(start_ptr + row)
