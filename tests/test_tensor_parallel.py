@@ -176,10 +176,11 @@ def test_what_several_processes_cannot_do(arguments: tuple[str, ...], said: str)
 
 
 @pytest.mark.usefixtures("second_of_three")
-def test_the_demo_runs_in_one_process() -> None:
-    result = CliRunner().invoke(app, ["demo"])
+@pytest.mark.parametrize("arguments", [("demo",), ("bench", str(MODEL))], ids=str)
+def test_what_runs_in_one_process(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "`lookm demo` runs in one process" in result.stderr
+    assert f"`lookm {arguments[0]}` runs in one process" in result.stderr
 
 
 def test_a_plan_that_leaves_the_attention_whole(monkeypatch: pytest.MonkeyPatch) -> None:

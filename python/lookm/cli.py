@@ -267,6 +267,7 @@ def bench(
 ) -> None:
     """Time full and compressed caches with a checkpoint, on random tokens: prefill, compression, time per token."""
     with one_line_errors():
+        one_process("bench")
         from lookm.typed import read_budget, read_counts, read_policy
 
         lengths, batches = read_counts(prompt_tokens, "prompt-tokens"), read_counts(batch, "batch")
