@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -173,3 +174,14 @@ def _schemas() -> list[Any]:
 def test_no_file_is_too_long_to_read() -> None:
     for path in [*files(KERNELS), *files(LOOKM)]:
         assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_wheel_has_every_package() -> None:
+    """Of an editable installation, which the other tests run on, nothing is missing either way."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {
+        ".".join(file.parent.relative_to(base).parts)
+        for base, name in ((ROOT, "lookm_kernels"), (ROOT / "python", "lookm"))
+        for file in (base / name).rglob("__init__.py")
+    }
+    assert sorted(listed) == sorted(there)
